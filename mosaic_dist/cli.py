@@ -1,0 +1,114 @@
+"""Command lines: `fire` reads the words, this module checks them against a function's signature before it runs.
+
+Fire alone calls the function first and complains about a word that it could not use afterwards. Here an unknown
+flag, a missing one or a value of the wrong type is one message, and nothing has run.
+"""
+
+import inspect
+import os
+import sys
+import traceback
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+import fire
+
+from mosaic_dist.errors import UserError
+from mosaic_dist.spec import SpecError, nearest, parse
+
+USAGE_EXIT_CODE = 2
+HELP_FLAGS = ("--help", "-h")
+
+
+def run_command(function: Callable[..., Any], name: str, words: list[str] | None = None) -> Any:
+    """Call `function` with the command line's words; its signature is the list of flags, its docstring the help.
+
+    A `**overrides` parameter takes all flags that are not named in the signature (dotted paths of a spec), a
+    `*positional` one all words that are no flags. Returns the function's result. On a `UserError` the message is
+    printed to stderr and the process ends with exit code 2.
+    """
+    words = sys.argv[1:] if words is None else words
+    if any(word in HELP_FLAGS for word in words):
+        print(help_text(function, name))
+        sys.exit(0)
+    try:
+        positional, flags = parse_words(words)
+        arguments, keywords = bind(function, positional, flags, name)
+        return function(*arguments, **keywords)
+    except UserError as error:
+        fail(error)
+
+
+def run_subcommand(commands: Mapping[str, Callable[..., Any]], program: str, words: list[str] | None = None) -> Any:
+    """Call one of several commands by its name, the first word."""
+    words = sys.argv[1:] if words is None else words
+    if words and words[0] in commands:
+        return run_command(commands[words[0]], f"{program} {words[0]}", words[1:])
+    listing = "\n".join(f"  {name:<10} {summary(function)}" for name, function in commands.items())
+    if not words or words[0] in HELP_FLAGS:
+        print(f"usage: {program} COMMAND [FLAGS]\n\n{listing}\n\n`{program} COMMAND --help` tells the flags of one.")
+        sys.exit(0 if words else USAGE_EXIT_CODE)
+    fail(UserError(f"no command {words[0]!r}; {nearest(words[0], list(commands))}"))
+
+
+def fail(error: UserError) -> NoReturn:
+    """Print the one message and end the process; with MOSAIC_DEBUG set, the traceback too."""
+    if os.environ.get("MOSAIC_DEBUG"):
+        traceback.print_exception(error)
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(USAGE_EXIT_CODE)
+
+
+def parse_words(words: list[str]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Split words into positional values and flags with `fire`'s rules (`--a 1`, `--a=1`, `--a`, `--noa`)."""
+    found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def capture(*positional: Any, **flags: Any) -> None:
+        found.append((positional, flags))
+
+    fire.Fire(capture, command=words)
+    return found[0]
+
+
+def bind(
+    function: Callable[..., Any], positional: tuple[Any, ...], flags: dict[str, Any], name: str
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Check words against a signature; returns typed arguments. Raises UserError for a word that does not fit."""
+    parameters = inspect.signature(function).parameters
+    hints = typing.get_type_hints(function, include_extras=True)
+    named = {key: p for key, p in parameters.items() if p.kind is not p.VAR_KEYWORD and p.kind is not p.VAR_POSITIONAL}
+    takes_rest = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    takes_positional = any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
+    if positional and not takes_positional:
+        raise UserError(f"unexpected word {positional[0]!r}: give every value with its flag; see `{name} --help`")
+    if not takes_rest:
+        for key in flags:
+            if key not in named:
+                raise UserError(f"unknown flag --{key}; {nearest(key, list(named))} See `{name} --help`")
+    for key, parameter in named.items():
+        if parameter.default is parameter.empty and key not in flags:
+            raise UserError(f"--{key} is needed; see `{name} --help`")
+    typed = {}
+    for key, value in flags.items():
+        try:
+            typed[key] = parse(hints[key], value, f"--{key}") if key in named and key in hints else value
+        except SpecError as error:
+            raise UserError(f"{error}; see `{name} --help`") from None
+    return positional, typed
+
+
+def summary(function: Callable[..., Any]) -> str:
+    """First line of a function's docstring."""
+    return (inspect.getdoc(function) or "").partition("\n")[0]
+
+
+def help_text(function: Callable[..., Any], name: str) -> str:
+    """Usage line, docstring, and each flag with its default."""
+    lines = []
+    for key, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+            continue
+        default = "needed" if parameter.default is parameter.empty else f"default {parameter.default!r}"
+        lines.append(f"  --{key:<20} {default}")
+    return f"usage: {name} [FLAGS]\n\n{inspect.getdoc(function) or ''}\n\nflags:\n" + "\n".join(lines)

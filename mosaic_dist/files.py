@@ -1,0 +1,68 @@
+"""Files that appear whole or not at all, and checksums that prove what is in them."""
+
+import os
+import shutil
+from pathlib import Path
+
+import xxhash
+
+CHUNK_BYTES = 8 << 20
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable (a rename is not, until its directory is synced)."""
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomic(path: str | Path, content: str | bytes) -> None:
+    """Write a file so that a reader, or a crash, sees the old content or the new one, never a part."""
+    path = Path(path)
+    data = content.encode() if isinstance(content, str) else content
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(aside, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+    sync_directory(path.parent)
+
+
+def publish_directory(aside: str | Path, final: str | Path) -> None:
+    """Make a finished directory visible under its final name: sync every file and folder in it, then rename.
+
+    `final` must not exist. After this returns, a power loss cannot take the directory back.
+    """
+    aside, final = Path(aside), Path(final)
+    for folder, _, names in os.walk(aside):
+        for name in names:
+            handle = os.open(Path(folder) / name, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        sync_directory(Path(folder))
+    os.rename(aside, final)
+    sync_directory(final.parent)
+
+
+def remove_directory(path: str | Path) -> None:
+    """Delete a directory so that a crash in the middle leaves no half of it under its own name."""
+    path = Path(path)
+    doomed = path.with_name(f".{path.name}.deleting")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(path, doomed)
+    sync_directory(path.parent)
+    shutil.rmtree(doomed)
+
+
+def checksum(path: str | Path) -> str:
+    """Return the xxh3-128 digest of a file's bytes, in hexadecimal."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,48 @@
+"""Transformer blocks: how attention and feed-forward network join the residual stream."""
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mosaic_dist.model.attention import Attention
+from mosaic_dist.model.ffn import FFN, Extras
+from mosaic_dist.model.norm import Norm
+from mosaic_dist.spec import Fraction, Spec, SpecError
+
+
+class Block(Spec, type="prenorm"):
+    """x + attention(norm(x)), then x + ffn(norm(x)) (pre-norm; Xiong et al., arXiv 2002.04745)."""
+
+    attention: Attention
+    ffn: FFN
+    dropout: Fraction = 0.0
+
+    def build(self, dim: int, norm: Norm) -> "PreNormBlock":
+        """The block's module. A part that does not fit the width is refused with its path."""
+        parts = []
+        for name, spec in (("attention", self.attention), ("ffn", self.ffn)):
+            try:
+                parts.append(spec.build(dim))
+            except SpecError as error:
+                raise error.under(name) from None
+        return PreNormBlock(*parts, norm.build(dim), norm.build(dim), self.dropout)
+
+
+class PreNormBlock(nn.Module):
+    """See `Block`."""
+
+    def __init__(
+        self, attention: nn.Module, ffn: nn.Module, attention_norm: nn.Module, ffn_norm: nn.Module, dropout: float
+    ):
+        super().__init__()
+        self.attention_norm, self.attention = attention_norm, attention
+        self.ffn_norm, self.ffn = ffn_norm, ffn
+        self.dropout = dropout
+
+    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Extras]:
+        """x_BTD -> ([B, T, D], what the feed-forward network tells)."""
+        x_BTD = x_BTD + self._drop(self.attention(self.attention_norm(x_BTD)))
+        out_BTD, extras = self.ffn(self.ffn_norm(x_BTD))
+        return x_BTD + self._drop(out_BTD), extras
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return functional.dropout(x, self.dropout, training=self.training) if self.dropout else x

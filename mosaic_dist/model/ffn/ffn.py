@@ -1,0 +1,59 @@
+"""What every feed-forward kind is.
+
+A dense kind is written once over its matrix layers: `build_with(dim, width, linear)` gets the factory of the layers,
+so the same code is a single network (`Linear`) or a stack of experts (`GroupedLinear`), whose layers take the rows
+per expert as a further argument.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from mosaic_dist.model.linear import Linear
+from mosaic_dist.spec import Positive, Spec
+
+Extras = dict[str, Tensor]
+"""What a layer tells beside its output: `*_loss` scalars, already weighted, that training adds to the loss; other
+entries are detached measurements."""
+
+
+class LinearFactory(Protocol):
+    """Makes the matrix layers of a feed-forward network: `linear(inputs, outputs, residual=False)`."""
+
+    def __call__(self, inputs: int, outputs: int, *, residual: bool = False) -> Callable[..., Tensor]:
+        """The layer, an `nn.Module`."""
+
+
+class FFN(Spec):
+    """Family of feed-forward networks."""
+
+    def build(self, dim: int) -> nn.Module:
+        """Module mapping [B, T, dim] to ([B, T, dim], Extras)."""
+        raise TypeError(f"{type(self).__name__} cannot be built: choose a kind of feed-forward network")
+
+
+class DenseFFN(FFN):
+    """Networks that every token passes; each can also serve as the experts of a mixture."""
+
+    width: Positive
+
+    def build(self, dim: int) -> nn.Module:
+        """The network itself, with nothing to tell beside its output."""
+        return PlainFFN(self.build_with(dim, self.width, Linear))
+
+    def build_with(self, dim: int, width: int, linear: LinearFactory) -> nn.Module:
+        """Module over layers made by `linear`, mapping (x [..., dim], *groups) to [..., dim]."""
+        raise TypeError(f"{type(self).__name__} cannot be built: choose a kind of dense network")
+
+
+class PlainFFN(nn.Module):
+    """Gives a dense network the interface of the family."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Extras]:
+        """x_BTD -> ([B, T, D], {})."""
+        return self.network(x_BTD), {}

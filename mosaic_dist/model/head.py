@@ -1,0 +1,61 @@
+"""Output heads: from the last hidden state to logits over the vocabulary."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mosaic_dist.model.embedding import EmbeddingModule
+from mosaic_dist.model.linear import Linear
+from mosaic_dist.spec import Spec
+
+
+class Head(Spec):
+    """Family of output heads."""
+
+    def build(self, vocab: int, dim: int, embedding: EmbeddingModule) -> nn.Module:
+        """Module mapping [B, T, dim] to logits [B, T, vocab]."""
+        raise TypeError(f"{type(self).__name__} cannot be built: choose a kind of head")
+
+
+class Tied(Head, type="tied"):
+    """Logits against the embedding's own table (Press and Wolf, arXiv 1608.05859).
+
+    Where the table is narrower than the model, the hidden state is first projected down to it.
+    """
+
+    def build(self, vocab: int, dim: int, embedding: EmbeddingModule) -> nn.Module:
+        """Shares `embedding.weight`; down [rank, dim] where the table is factored."""
+        return TiedHead(dim, embedding.weight)
+
+
+class Untied(Head, type="linear"):
+    """Logits through a matrix of its own."""
+
+    def build(self, vocab: int, dim: int, embedding: EmbeddingModule) -> nn.Module:
+        """weight [vocab, dim]."""
+        return LinearHead(vocab, dim)
+
+
+class TiedHead(nn.Module):
+    """See `Tied`. `weight` is the very parameter of the embedding, registered here too so that ZeRO-3 gathers it."""
+
+    def __init__(self, dim: int, weight_VC: nn.Parameter):
+        super().__init__()
+        self.weight = weight_VC
+        self.down = None if weight_VC.shape[1] == dim else Linear(dim, weight_VC.shape[1])
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """x_BTD -> logits_BTV."""
+        return functional.linear(x_BTD if self.down is None else self.down(x_BTD), self.weight)
+
+
+class LinearHead(nn.Module):
+    """See `Untied`."""
+
+    def __init__(self, vocab: int, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab, dim))
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """x_BTD -> logits_BTV."""
+        return functional.linear(x_BTD, self.weight)

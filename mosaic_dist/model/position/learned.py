@@ -1,0 +1,28 @@
+"""Learned absolute positions, added to the embeddings (GPT-2)."""
+
+import torch
+from torch import Tensor, nn
+
+from mosaic_dist.model.position.position import Position, PositionModule
+
+
+class Learned(Position, type="learned"):
+    """A learned vector per position, up to the model's context length."""
+
+    def build(self, dim: int, context: int) -> PositionModule:
+        """weight [context, dim]."""
+        return LearnedPosition(dim, context)
+
+
+class LearnedPosition(PositionModule):
+    """See `Learned`."""
+
+    is_table = True
+
+    def __init__(self, dim: int, context: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(context, dim))
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Add weight[t] to token t."""
+        return x_BTD + self.weight[: x_BTD.shape[1]]

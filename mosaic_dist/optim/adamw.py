@@ -1,0 +1,33 @@
+"""AdamW (Loshchilov and Hutter, arXiv 1711.05101)."""
+
+from typing import Any
+
+import torch
+
+from mosaic_dist.spec import Fraction, NonNegativeFloat, PositiveFloat, Spec
+
+
+class Optimizer(Spec):
+    """Family of optimizers. `learning_rate` is the peak; the schedule scales it."""
+
+    learning_rate: PositiveFloat
+    weight_decay: NonNegativeFloat = 0.1
+    clip_norm: NonNegativeFloat = 1.0
+
+    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """The optimizer over parameter groups (see `groups.parameter_groups`)."""
+        raise TypeError(f"{type(self).__name__} cannot be built: choose a kind of optimizer")
+
+
+class AdamW(Optimizer, type="adamw"):
+    """Adam with decoupled weight decay, in PyTorch's fused form. `clip_norm` 0 turns clipping off."""
+
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    eps: PositiveFloat = 1e-8
+
+    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """`torch.optim.AdamW` with this spec's values."""
+        return torch.optim.AdamW(
+            groups, lr=self.learning_rate, betas=(self.beta1, self.beta2), eps=self.eps, fused=True
+        )

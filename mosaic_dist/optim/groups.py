@@ -1,0 +1,24 @@
+"""Which parameters decay towards zero, and which do not."""
+
+from typing import Any
+
+from torch import nn
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Optimizer groups `decay` and `no_decay` over the trainable parameters, in the model's order.
+
+    Weight decay is for matrices that multiply activations. Look-up tables (token embedding, learned positions), gains
+    and biases are left alone, whatever their shape: they are told by their module, not by their number of dimensions.
+    A table shared with the output head counts as a table.
+    """
+    groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": []}
+    seen: set[nn.Parameter] = set()
+    for module in model.modules():
+        table = getattr(module, "is_table", False) or isinstance(module, nn.RMSNorm | nn.LayerNorm)
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad and parameter not in seen:
+                seen.add(parameter)
+                groups["no_decay" if table or name == "bias" else "decay"].append(parameter)
+    decays = {"decay": weight_decay, "no_decay": 0.0}
+    return [{"name": key, "params": group, "weight_decay": decays[key]} for key, group in groups.items() if group]

@@ -1,0 +1,169 @@
+"""One optimizer step over all ranks: the only place that drives the DeepSpeed engine."""
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mosaic_dist.model import IGNORE_INDEX, LossParts, Transformer, initialize, materialize
+from mosaic_dist.optim import Optimizer, parameter_groups
+from mosaic_dist.parallel.exchange import place_experts
+from mosaic_dist.parallel.world import World
+
+
+@dataclasses.dataclass
+class StepResult:
+    """What a step did, the same on every rank."""
+
+    loss: float
+    """Mean cross-entropy per scored token over the global batch, in nats."""
+    auxiliary_loss: float
+    """Weighted auxiliary losses, mean over micro-batches and ranks."""
+    tokens: int
+    """Scored tokens of the global batch."""
+    grad_norm: float
+    """Global L2 norm before clipping; infinite where gradients overflowed."""
+    skipped: bool
+    """Whether the weights were left alone because a gradient was not finite."""
+    expert_load: Tensor
+    """Choices per expert over the global batch, [layers, E] int64 on CPU."""
+
+
+class Engine:
+    """A model in training: this rank's experts of it, under DeepSpeed.
+
+    `config` is a filled DeepSpeed config, `degree` the expert-parallel degree. The weights start from `seed` alone.
+    """
+
+    def __init__(
+        self,
+        spec: Transformer,
+        optimizer: Optimizer,
+        config: dict[str, Any],
+        degree: int,
+        seed: int,
+        world: World,
+    ):
+        with torch.device("meta"):
+            model = spec.build()
+        place_experts(model, degree, world.rank)
+        materialize(model, torch.device("cpu"))
+        initialize(model, spec.init, len(spec.blocks), seed)
+        self.world, self.degree = world, degree
+        self.zero_stage: int = config["zero_optimization"]["stage"]
+        self.accumulation: int = config["gradient_accumulation_steps"]
+        self.clip_norm = optimizer.clip_norm
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer.build(split_expert_groups(parameter_groups(model, optimizer.weight_decay))),
+            config=config,
+            dist_init_required=False,
+        )
+
+    @property
+    def model(self) -> nn.Module:
+        """The module with this rank's parameters."""
+        return self.deepspeed.module
+
+    def train_step(self, inputs_BT: Tensor, targets_BT: Tensor, learning_rate: float) -> StepResult:
+        """Forward and backward over this rank's sequences in `accumulation` micro-batches, then one update.
+
+        inputs_BT, targets_BT int64, of the same shape on every rank. The gradient is that of the mean cross-entropy
+        over all scored tokens of the global batch plus the mean of the auxiliary losses. Every rank must call.
+        """
+        device = self.world.device
+        scored = (targets_BT != IGNORE_INDEX).sum().to(device)
+        dist.all_reduce(scored)
+        # DeepSpeed averages over micro-batches and ranks, so the sum over tokens is scaled up by their number
+        scale = self.accumulation * self.world.size / scored.clamp(min=1)
+        parts: list[LossParts] = []
+        for inputs, targets in zip(
+            inputs_BT.chunk(self.accumulation), targets_BT.chunk(self.accumulation), strict=True
+        ):
+            part = self.deepspeed(inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True))
+            self.deepspeed.backward(part.cross_entropy_sum * scale + part.auxiliary)
+            parts.append(LossParts(*(value.detach() for value in part)))
+            if len(parts) < self.accumulation:
+                self.deepspeed.step()  # counts the micro-batch; the update comes with the last one
+        grad_norm, skipped = self._update(learning_rate)
+        return self._summarize(parts, scored, grad_norm, skipped)
+
+    def _update(self, learning_rate: float) -> tuple[float, bool]:
+        """Clip and update. Returns the gradient norm and whether the update was skipped."""
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self.zero_stage == 0:
+            grad_norm = self._clip_replicated()
+            if not math.isfinite(grad_norm):
+                for parameter in self.model.parameters():
+                    parameter.grad = None
+                return grad_norm, True  # on every rank: the norm is a global one
+            self.deepspeed.step()
+            return grad_norm, False
+        self.deepspeed.step()
+        return float(self.deepspeed.get_global_grad_norm()), bool(self.deepspeed.optimizer.overflow)
+
+    def _clip_replicated(self) -> float:
+        """Global gradient norm without ZeRO, and clipping by it.
+
+        DeepSpeed's own averages norms over ranks here, which is wrong with experts. Gradients of replicated parameters
+        are equal on all ranks; those of experts are summed over the expert group, whose ranks hold all of them.
+        """
+        squares = {key: torch.zeros((), device=self.world.device) for key in (True, False)}
+        gradients = [(p.grad, getattr(p, "allreduce", True)) for p in self.model.parameters() if p.grad is not None]
+        for gradient, replicated in gradients:
+            squares[replicated] += gradient.float().square().sum()
+        if self.degree > 1:
+            dist.all_reduce(squares[False])
+            squares[False] /= self.world.size // self.degree  # each expert is held by that many ranks
+        norm = (squares[True] + squares[False]).sqrt()
+        if self.clip_norm:
+            factor = self.clip_norm / (norm + 1e-6)
+            for gradient, _ in gradients:
+                gradient.mul_(factor.clamp(max=1.0))
+        return norm.item()
+
+    def _summarize(self, parts: list[LossParts], scored: Tensor, grad_norm: float, skipped: bool) -> StepResult:
+        """Add the losses of all micro-batches and ranks up."""
+        sums = torch.stack([sum(p.cross_entropy_sum for p in parts), sum(p.auxiliary for p in parts)]).double()  # type: ignore[list-item, arg-type]
+        load = sum(p.expert_load for p in parts)
+        assert isinstance(load, Tensor)
+        load = load.clone()
+        dist.all_reduce(sums)
+        if load.numel():
+            dist.all_reduce(load)
+        tokens = int(scored.item())
+        cross_entropy, auxiliary = sums.tolist()
+        return StepResult(
+            loss=cross_entropy / max(1, tokens),
+            auxiliary_loss=auxiliary / (self.accumulation * self.world.size),
+            tokens=tokens,
+            grad_norm=grad_norm,
+            skipped=skipped,
+            expert_load=load.cpu(),
+        )
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+        """Mean cross-entropy per scored token over the batches of all ranks. Each rank must bring as many batches."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
+        self.deepspeed.eval()
+        for inputs_BT, targets_BT in batches:
+            part = self.deepspeed(inputs_BT.to(self.world.device), targets_BT.to(self.world.device))
+            sums[0] += part.cross_entropy_sum
+            sums[1] += (targets_BT != IGNORE_INDEX).sum()
+        self.deepspeed.train()
+        dist.all_reduce(sums)
+        return (sums[0] / sums[1].clamp(min=1)).item()
+
+
+def split_expert_groups(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Give the experts of each optimizer group a group of their own, as DeepSpeed wants it under expert parallelism."""
+    if all(getattr(parameter, "allreduce", True) for group in groups for parameter in group["params"]):
+        return groups
+    return deepspeed.moe.utils.split_params_into_different_moe_groups_for_optimizer(groups)

@@ -1,0 +1,103 @@
+"""The processes of a run: who this one is, and how they meet."""
+
+import logging
+import os
+import socket
+from datetime import timedelta
+from typing import NamedTuple
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import logger as deepspeed_logger
+
+
+class World(NamedTuple):
+    """This process among those of the run."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that speaks for all."""
+        return self.rank == 0
+
+
+def rank_from_environment() -> int:
+    """This process's rank before any process group exists (deepspeed, torchrun and srun all set it)."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+
+
+def size_from_environment() -> int:
+    """The number of processes of the run before any process group exists."""
+    return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
+
+
+def local_size_from_environment() -> int:
+    """The number of processes on this node. torchrun says LOCAL_WORLD_SIZE, deepspeed LOCAL_SIZE, srun its own."""
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE"):
+        if name in os.environ:
+            return int(os.environ[name].partition("(")[0])
+    return size_from_environment()
+
+
+def join_world(timeout_seconds: float) -> World:
+    """Start the process group (nccl with a GPU, gloo without) and claim this process's device and CPU threads.
+
+    Started without a launcher, the process is a world of one. Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
+    MASTER_PORT, or srun's variables. Raises what torch raises when the others do not come within the timeout.
+    """
+    _tame_deepspeed()
+    rank, size, local_size = rank_from_environment(), size_from_environment(), local_size_from_environment()
+    local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+    settings = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": local_size}
+    os.environ.update({name: str(value) for name, value in settings.items()})
+    if size == 1:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(free_port()))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        if "OMP_NUM_THREADS" not in os.environ:  # else every process would want all cores
+            torch.set_num_threads(max(1, available_cores() // local_size))
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        timeout=timedelta(seconds=timeout_seconds),
+        device_id=device if device.type == "cuda" else None,
+    )
+    return World(rank, size, local_rank, local_size, device)
+
+
+def leave_world() -> None:
+    """End the process group; without this, the interpreter's exit aborts."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def available_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def free_port() -> int:
+    """A TCP port of this host that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _tame_deepspeed() -> None:
+    """Let DeepSpeed say only what is wrong (DS_LOG_LEVEL asks for more) and not compile what is not used.
+
+    On CPU it would build a shared-memory all-reduce for inference at every first start (20 to 40 s); training goes
+    through gloo.
+    """
+    if "DS_LOG_LEVEL" not in os.environ:
+        deepspeed_logger.setLevel(logging.ERROR)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
