@@ -21,23 +21,27 @@ USAGE_EXIT_CODE = 2
 HELP_FLAGS = ("--help", "-h")
 
 
-def run_command(function: Callable[..., Any], name: str, words: list[str] | None = None) -> Any:
+def run_command(
+    function: Callable[..., Any], name: str, words: list[str] | None = None, is_speaker: bool = True
+) -> Any:
     """Call `function` with the command line's words; its signature is the list of flags, its docstring the help.
 
     A `**overrides` parameter takes all flags that are not named in the signature (dotted paths of a spec), a
     `*positional` one all words that are no flags. Returns the function's result. On a `UserError` the message is
-    printed to stderr and the process ends with exit code 2.
+    printed to stderr and the process ends with exit code 2. Where many processes get the same words, only the one that
+    `is_speaker` prints help and errors.
     """
     words = sys.argv[1:] if words is None else words
     if any(word in HELP_FLAGS for word in words):
-        print(help_text(function, name))
+        if is_speaker:
+            print(help_text(function, name))
         sys.exit(0)
     try:
         positional, flags = parse_words(words)
         arguments, keywords = bind(function, positional, flags, name)
         return function(*arguments, **keywords)
     except UserError as error:
-        fail(error)
+        fail(error, is_speaker)
 
 
 def run_subcommand(commands: Mapping[str, Callable[..., Any]], program: str, words: list[str] | None = None) -> Any:
@@ -52,11 +56,12 @@ def run_subcommand(commands: Mapping[str, Callable[..., Any]], program: str, wor
     fail(UserError(f"no command {words[0]!r}; {nearest(words[0], list(commands))}"))
 
 
-def fail(error: UserError) -> NoReturn:
+def fail(error: UserError, is_speaker: bool = True) -> NoReturn:
     """Print the one message and end the process; with MOSAIC_DEBUG set, the traceback too."""
     if os.environ.get("MOSAIC_DEBUG"):
         traceback.print_exception(error)
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    if is_speaker:
+        print(f"error: {error}", file=sys.stderr, flush=True)
     sys.exit(USAGE_EXIT_CODE)
 
 

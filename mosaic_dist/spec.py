@@ -361,7 +361,8 @@ def _replace_in_list(annotation: Any, data: list[Any], steps: list[str], value: 
             changed.append(old)
             errors.append(error)
     if len(errors) == len(data):
-        raise errors[0] if errors else SpecError(path, "the list is empty")
+        helpful = [error for error in errors if "did you mean" in error.reason]
+        raise (helpful or errors or [SpecError(path, "the list is empty")])[0]
     return changed
 
 

@@ -1,0 +1,47 @@
+"""Processes, expert parallelism, and the DeepSpeed engine: the only place that knows DeepSpeed."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns at every import that it chose so
+
+from mosaic_dist.parallel.deepspeed_config import Precision, fill_config, read_config, resolve_precision, zero_stage
+from mosaic_dist.parallel.engine import Engine, StepResult
+from mosaic_dist.parallel.exchange import choose_degree, expert_counts, place_experts
+from mosaic_dist.parallel.spec import Parallel
+from mosaic_dist.parallel.world import (
+    World,
+    gather_problems,
+    is_first_to_fail,
+    join_world,
+    leave_world,
+    local_size_from_environment,
+    on_main,
+    rank_from_environment,
+    size_from_environment,
+)
+
+__all__ = [
+    "Engine",
+    "Parallel",
+    "Precision",
+    "StepResult",
+    "World",
+    "choose_degree",
+    "expert_counts",
+    "fill_config",
+    "gather_problems",
+    "is_first_to_fail",
+    "join_world",
+    "leave_world",
+    "local_size_from_environment",
+    "on_main",
+    "place_experts",
+    "rank_from_environment",
+    "read_config",
+    "resolve_precision",
+    "size_from_environment",
+    "zero_stage",
+]

@@ -58,6 +58,7 @@ class Engine:
         self.zero_stage: int = config["zero_optimization"]["stage"]
         self.accumulation: int = config["gradient_accumulation_steps"]
         self.clip_norm = optimizer.clip_norm
+        self.loss_is_scaled: bool = config["fp16"]["enabled"]
         self.deepspeed, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer.build(split_expert_groups(parameter_groups(model, optimizer.weight_decay))),

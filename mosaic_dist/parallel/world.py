@@ -3,8 +3,9 @@
 import logging
 import os
 import socket
+from collections.abc import Callable
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import deepspeed
 import torch
@@ -78,6 +79,38 @@ def leave_world() -> None:
     """End the process group; without this, the interpreter's exit aborts."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+T = TypeVar("T")
+
+
+def on_main(world: World, action: Callable[[], T]) -> T:
+    """Do something on the main process and give its result to all. What it raises, all raise. Every rank must call."""
+    box: list[Any] = [None, None]
+    if world.is_main:
+        try:
+            box[0] = action()
+        except Exception as error:
+            box[1] = error
+    dist.broadcast_object_list(box)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
+
+
+def gather_problems(problem: str | None) -> list[str]:
+    """The problems of all ranks, in order of ranks; empty where all are well. Every rank must call."""
+    told: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, problem)
+    return [text for text in told if text is not None]
+
+
+def is_first_to_fail() -> bool:
+    """Whether no other rank has asked this before. False, too, where the others are already gone."""
+    try:
+        return torch.distributed.distributed_c10d._get_default_store().add("mosaic_dist/failed", 1) == 1
+    except Exception:  # the store went with the rank that failed first
+        return False
 
 
 def available_cores() -> int:

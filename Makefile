@@ -1,0 +1,36 @@
+# Two commands: `make demo` shows the whole path, `make test` checks everything. Both install what they need, once.
+
+PYTHON ?= python3
+CORPUS ?= stdlib
+VENV := .venv
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test lint install clean
+
+demo: $(INSTALLED)
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash recipes/demo.sh "$(CORPUS)" $(STEPS)
+
+test: lint
+	$(VENV)/bin/python -m pytest $(PYTEST)
+
+lint: $(INSTALLED)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+install: $(INSTALLED)
+
+# the stamp holds the interpreter's version: another PYTHON makes another environment
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) -V); use make PYTHON=python3.12 ..."; exit 2; }
+	@$(PYTHON) -c 'import venv, ensurepip' \
+	  || { echo "$(PYTHON) has no venv module; install it (Debian: apt-get install python3-venv)"; exit 2; }
+	@echo "installing into $(VENV): about 7 GB with the CUDA libraries, 2 to 5 minutes"
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)/bin/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

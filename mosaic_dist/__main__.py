@@ -1,0 +1,83 @@
+"""`python -m mosaic_dist COMMAND`: what is done with a run after training."""
+
+from pathlib import Path
+from typing import Literal
+
+from mosaic_dist.checkpoint import Checkpoint, newest
+from mosaic_dist.cli import run_subcommand
+from mosaic_dist.convert import export_checkpoint, load_exported, parse_size
+from mosaic_dist.data.tokenizer import Tokenizer
+from mosaic_dist.errors import UserError
+from mosaic_dist.evaluate.generate import generate as generate_tokens
+from mosaic_dist.run_spec import Run
+from mosaic_dist.spec import NonNegativeFloat, Positive
+
+
+def export(
+    run: str,
+    output: str,
+    step: Positive | None = None,
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32",
+    max_shard_size: str = "5GB",
+) -> None:
+    """Write a run's weights as safetensors, with configuration and tokenizer.
+
+    Reads the sharded checkpoint of any cluster shape, on one machine, without DeepSpeed or a GPU.
+
+      --run DIR             the run folder
+      --output DIR          the exported model; must not exist yet
+      --step N              a checkpoint other than the newest
+      --dtype TYPE          fp32 (as trained), bf16 or fp16
+      --max_shard_size SIZE where to cut into several files, as 5GB or 500MB
+    """
+    folder = Path(run)
+    if not (folder / "run.yaml").exists():
+        raise UserError(f"{folder} is no run folder (run.yaml is missing)")
+    described = Run.from_yaml((folder / "run.yaml").read_text())
+    checkpoints = folder / "checkpoints"
+    checkpoint = newest(checkpoints) if step is None else Checkpoint.open(checkpoints / f"step_{step:08d}")
+    if checkpoint is None:
+        raise UserError(f"{folder} has no checkpoint yet; train until checkpoint.every_steps, or use --stop_at_step")
+    tokenizer = folder / "tokenizer.json"
+    size = parse_size(max_shard_size)
+    path = export_checkpoint(checkpoint, described.model, described.name, tokenizer, output, dtype, size)
+    print(f"exported step {checkpoint.step} of {described.name} to {path}")
+
+
+def generate(
+    model: str,
+    prompt: str,
+    max_new_tokens: Positive = 100,
+    temperature: NonNegativeFloat = 0.8,
+    top_k: Positive | None = 50,
+    seed: int = 0,
+) -> None:
+    """Continue a text with an exported model.
+
+      --model DIR           folder made by `export`
+      --prompt TEXT         the beginning
+      --max_new_tokens N    how far to go; the end-of-text token stops earlier
+      --temperature X       0 takes the most likely token each time
+      --top_k N             draw from the N most likely tokens; None: from all
+      --seed N              of the draws
+    """
+    tokenizer = Tokenizer.load(model)
+    network = load_exported(model)
+    tokens = tokenizer.encode(prompt)
+    shown = ""
+    for token in generate_tokens(network, tokens, max_new_tokens, temperature, top_k, tokenizer.eos_id, seed):
+        tokens.append(token)
+        text = tokenizer.decode(tokens)
+        if not text.endswith("\ufffd"):  # a character whose bytes are not all there yet
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+    print()
+
+
+def main() -> None:
+    """Run the command that the first word names."""
+    run_subcommand({"export": export, "generate": generate}, "python -m mosaic_dist")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Between an engine and the store: what a run's state consists of, in pieces that any cluster shape can read."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mosaic_dist.checkpoint import Checkpoint, CheckpointError, Piece, save
+from mosaic_dist.parallel import Engine
+from mosaic_dist.parallel.state import (
+    counters,
+    global_tensors,
+    make_optimizer_tensors,
+    optimizer_step_count,
+    optimizer_tensors,
+    publish_masters,
+    restore_counters,
+    shards,
+)
+
+MASTER = "master"
+"""Kind of the float32 weights."""
+
+
+def save_engine(root: Path, step: int, engine: Engine, state: dict[str, Any]) -> Path:
+    """Write the weights, optimizer states, counters and generators of all ranks, and `state` (JSON values).
+
+    Every rank must call. Returns the checkpoint's folder. Raises on all ranks what went wrong on one.
+    """
+    pieces = []
+    for shard in shards(engine):
+        if shard.is_writer:
+            master = shard.flat[shard.offset : shard.offset + shard.length]
+            pieces.append(Piece(shard.name, MASTER, shard.start, master))
+            for kind, values in optimizer_tensors(engine, shard).items():
+                pieces.append(Piece(shard.name, kind, shard.start, values))
+    shapes = {tensor.name: tensor.shape for tensor in global_tensors(engine).values()}
+    full_state = state | {"optimizer_step": optimizer_step_count(engine), "engine": counters(engine)}
+    return save(root, step, pieces, shapes, full_state, generator_states())
+
+
+def load_engine(checkpoint: Checkpoint, engine: Engine) -> None:
+    """Bring an engine of any ranks, expert-parallel degree and ZeRO stage to a checkpoint's state. All ranks call.
+
+    Generators are restored where this rank was part of the world that wrote; further ranks keep their fresh ones.
+    """
+    ours = {tensor.name: tensor.shape for tensor in global_tensors(engine).values()}
+    if checkpoint.shapes.keys() != ours.keys():
+        differing = sorted(checkpoint.shapes.keys() ^ ours.keys())
+        raise CheckpointError(f"checkpoint and model have different parameters: {', '.join(differing[:5])}")
+    for name, shape in ours.items():
+        if tuple(checkpoint.shapes[name]) != shape:
+            raise CheckpointError(f"{name} is {tuple(checkpoint.shapes[name])} in the checkpoint, {shape} in the model")
+    kinds = sorted({kind for name in ours for kind in checkpoint.kinds(name)} - {MASTER})
+    make_optimizer_tensors(engine, kinds, checkpoint.state["optimizer_step"])
+    with torch.no_grad():
+        for shard in shards(engine):
+            stop = shard.start + shard.length
+            master = shard.flat[shard.offset : shard.offset + shard.length]
+            master.copy_(checkpoint.read(shard.name, MASTER, shard.start, stop))
+            for kind, values in optimizer_tensors(engine, shard).items():
+                values.copy_(checkpoint.read(shard.name, kind, shard.start, stop))
+    publish_masters(engine)
+    restore_counters(engine, checkpoint.state["engine"])
+    saved_generators = checkpoint.rank_state(engine.world.rank)
+    if saved_generators is not None:
+        restore_generators(saved_generators)
+
+
+def generator_states() -> dict[str, Tensor]:
+    """State of PyTorch's generators on this rank, as uint8 tensors."""
+    states = {"generator.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["generator.cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def restore_generators(states: dict[str, Tensor]) -> None:
+    """The inverse of `generator_states`."""
+    torch.set_rng_state(states["generator.cpu"])
+    if "generator.cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["generator.cuda"])

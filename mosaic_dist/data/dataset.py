@@ -1,0 +1,118 @@
+"""What a prepared dataset is: a folder with `dataset.json`, `tokenizer.json` and the MDS shards of each split."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Self
+
+from mosaic_dist.data.mds import INDEX_NAME
+from mosaic_dist.data.tokenizer import FILE_NAME, Tokenizer
+from mosaic_dist.errors import UserError
+from mosaic_dist.files import checksum
+
+DATASET_NAME = "dataset.json"
+FORMAT_VERSION = 1
+MADE_BY = "python -m data_prep.tokenize_to_mds"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SplitInfo:
+    """One split. `tokens` are the predicted ones, samples * seq_len; `dropped_tokens` did not fill a last sample."""
+
+    samples: int
+    tokens: int
+    documents: int
+    text_bytes: int
+    dropped_tokens: int
+    shards: int
+    shard_bytes: int  # on disk
+    index: str  # xxh3-128 of index.json, which holds the sizes and hashes of the shards
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DatasetInfo:
+    """The content of dataset.json and where it lies. Sample i of a split holds tokens i*seq_len ... (i+1)*seq_len."""
+
+    path: Path
+    seq_len: int
+    dtype: str
+    vocab_size: int
+    tokenizer: str  # digest
+    eos_id: int
+    splits: dict[str, SplitInfo]
+    options: dict[str, Any]
+    sources: list[str]
+    skipped_files: int
+    empty_documents: int
+    format_version: int = FORMAT_VERSION
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a dataset's description and check that it, the tokenizer and the indexes belong together."""
+        path = Path(path).expanduser()
+        file = path / DATASET_NAME
+        if not path.is_dir():
+            raise UserError(f"no dataset at {path}; make one with `{MADE_BY}`")
+        if not file.is_file():
+            raise UserError(f"{path} has no {DATASET_NAME} and so is no dataset; make one with `{MADE_BY}`")
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+            if data["format_version"] != FORMAT_VERSION:
+                raise UserError(
+                    f"{file} has format {data['format_version']}, this version reads {FORMAT_VERSION}; "
+                    f"prepare the data again with `{MADE_BY}`"
+                )
+            splits = {name: SplitInfo(**split) for name, split in data.pop("splits").items()}
+            info = cls(path=path, splits=splits, **data)
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{file} is damaged ({type(error).__name__}: {error}); prepare the data again") from None
+        info._check_files()
+        return info
+
+    def _check_files(self) -> None:
+        found = self.load_tokenizer()
+        if (found.digest, found.vocab_size) != (self.tokenizer, self.vocab_size):
+            raise UserError(
+                f"the tokenizer and the data of {self.path} disagree: {FILE_NAME} has digest {found.digest} and "
+                f"{found.vocab_size} tokens, the data was made with {self.tokenizer} and {self.vocab_size}"
+            )
+        for name, split in self.splits.items():
+            index = self.path / name / INDEX_NAME
+            if not index.is_file():
+                raise UserError(f"{index} is missing; the copy of the dataset is not whole")
+            if checksum(index) != split.index:
+                raise UserError(f"{index} is not the one that {self.path / DATASET_NAME} describes")
+
+    def split(self, name: str) -> SplitInfo:
+        """One split by name; UserError for one that is not there."""
+        if name not in self.splits:
+            raise UserError(f"{self.path} has no split {name!r}; it has: {', '.join(self.splits)}")
+        return self.splits[name]
+
+    def load_tokenizer(self) -> Tokenizer:
+        """The tokenizer that the data was made with."""
+        return Tokenizer.load(self.path / FILE_NAME)
+
+    def index(self, name: str) -> list[dict[str, Any]]:
+        """Shards of a split as streaming's index.json describes them."""
+        self.split(name)
+        return json.loads((self.path / name / INDEX_NAME).read_text())["shards"]
+
+    def to_json(self) -> str:
+        """The text of dataset.json."""
+        data = dataclasses.asdict(self)
+        del data["path"]
+        return json.dumps(data, indent=2) + "\n"
+
+    def summary(self) -> str:
+        """What was made, for people."""
+        lines = [f"{self.path}: seq_len {self.seq_len}, {self.dtype}, vocabulary {self.vocab_size}"]
+        for name, split in self.splits.items():
+            lines.append(
+                f"  {name:<11} {split.samples:,} samples, {split.tokens:,} tokens, {split.documents:,} documents, "
+                f"{split.text_bytes / max(split.tokens + split.dropped_tokens, 1):.2f} bytes of text per token, "
+                f"{split.dropped_tokens:,} tokens dropped, {split.shards} shards, {split.shard_bytes / 1e6:,.1f} MB"
+            )
+        if self.skipped_files or self.empty_documents:
+            lines.append(f"  passed over: {self.skipped_files} files that are no text, {self.empty_documents} empty texts")
+        return "\n".join(lines)

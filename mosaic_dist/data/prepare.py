@@ -1,0 +1,221 @@
+"""Documents -> tokens -> fixed-length samples in MDS shards, which appear whole under their name or not at all."""
+
+import os
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from mosaic_dist.data import mds
+from mosaic_dist.data.dataset import DATASET_NAME, DatasetInfo, SplitInfo
+from mosaic_dist.data.encode import TRAIN, VALIDATION, Encoded, encode_documents, token_dtype
+from mosaic_dist.data.sources import Documents
+from mosaic_dist.data.tokenizer import Tokenizer
+from mosaic_dist.errors import UserError
+from mosaic_dist.files import checksum, publish_directory, remove_directory
+
+SHARD_BYTES = 1 << 26
+LOG_SECONDS = 30.0  # between progress lines where stderr is a file
+
+
+def prepare(
+    documents: Iterable[str],
+    tokenizer: Tokenizer,
+    output: str | Path,
+    seq_len: int,
+    *,
+    validation_fraction: float = 0.005,
+    workers: int | None = None,
+    compression: str | None = None,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> DatasetInfo:
+    """Tokenise documents, pack them into samples of seq_len + 1 tokens and publish the dataset at `output`.
+
+    Documents are joined with an EOS after each. Sample i of a split holds tokens i*seq_len to (i+1)*seq_len, both
+    included: neighbours share one token, so each token but the first is predicted exactly once. The tail that does
+    not fill a sample is dropped and counted. The bytes written do not depend on `workers` (None: one per core).
+
+    A document's split follows from the hash of its text. Where the corpus is so small that no sample falls to
+    validation, the last sample of the training split becomes the validation split (`options.validation_from_train`).
+
+    An existing output is refused, or with `overwrite` replaced once the new one is whole. Raises UserError also when
+    the text does not fill one sample of every split.
+    """
+    output = Path(output).expanduser()
+    workers = len(os.sched_getaffinity(0)) if workers is None else workers
+    _check_options(output, seq_len, validation_fraction, workers, compression, overwrite)
+    aside = _make_aside(output)
+    try:
+        packers = {name: Packer(aside / name, seq_len, tokenizer, compression, shard_bytes) for name in (TRAIN, VALIDATION)}
+        with Progress(documents) as progress:
+            for encoded in encode_documents(documents, tokenizer, validation_fraction, workers):
+                packers[encoded.split].add(encoded)
+                progress.add(encoded)
+        moved = validation_fraction > 0 and _fill_validation(packers[TRAIN], packers[VALIDATION])
+        options = {
+            "validation_fraction": validation_fraction,
+            "validation_from_train": moved,
+            "compression": compression,
+            "shard_bytes": shard_bytes,
+        }
+        names = (TRAIN, VALIDATION) if validation_fraction > 0 else (TRAIN,)
+        info = DatasetInfo(
+            path=aside,
+            seq_len=seq_len,
+            dtype=token_dtype(tokenizer.vocab_size),
+            vocab_size=tokenizer.vocab_size,
+            tokenizer=tokenizer.digest,
+            eos_id=tokenizer.eos_id,
+            splits={name: packers[name].finish() for name in names},
+            options=options,
+            sources=documents.sources if isinstance(documents, Documents) else [],
+            skipped_files=len(documents.skipped) if isinstance(documents, Documents) else 0,
+            empty_documents=documents.empty if isinstance(documents, Documents) else 0,
+        )
+        tokenizer.save(aside)
+        (aside / DATASET_NAME).write_text(info.to_json(), encoding="utf-8")
+        if output.exists():
+            remove_directory(output)
+        publish_directory(aside, output)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return DatasetInfo.load(output)
+
+
+def _check_options(
+    output: Path, seq_len: int, validation_fraction: float, workers: int, compression: str | None, overwrite: bool
+) -> None:
+    if seq_len < 1:
+        raise UserError(f"seq_len ({seq_len}) must be at least 1")
+    if not 0 <= validation_fraction < 1:
+        raise UserError(f"validation_fraction ({validation_fraction}) must be at least 0 and less than 1")
+    if workers < 1:
+        raise UserError(f"workers ({workers}) must be at least 1")
+    mds.check_compression(compression)
+    if output.exists() and not overwrite:
+        raise UserError(f"{output} exists already; choose another output, or give --overwrite to replace it")
+    if output.exists() and not (output / DATASET_NAME).is_file():
+        raise UserError(f"{output} exists and is no dataset (it has no {DATASET_NAME}), so --overwrite leaves it alone")
+
+
+def _make_aside(output: Path) -> Path:
+    """A new folder beside the output; what killed runs of this host left of the same output is removed first."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f"{output.name}.tmp.{socket.gethostname()}."
+    for left in output.parent.glob(f"{glob_escape(prefix)}*"):
+        process = left.name.removeprefix(prefix)
+        if process.isdigit() and not Path("/proc", process).exists():
+            shutil.rmtree(left, ignore_errors=True)
+    aside = output.with_name(f"{prefix}{os.getpid()}")
+    aside.mkdir()
+    return aside
+
+
+class Packer:
+    """Cuts a stream of tokens into overlapping samples of seq_len + 1 and writes them as one split.
+
+    The newest sample is held back, so that it can still be given to another split.
+    """
+
+    def __init__(self, folder: Path, seq_len: int, tokenizer: Tokenizer, compression: str | None, shard_bytes: int):
+        self.folder, self.seq_len = folder, seq_len
+        self.samples = self.documents = self.text_bytes = self.dropped_tokens = 0
+        dtype = token_dtype(tokenizer.vocab_size)
+        self.rest = np.empty(0, dtype)  # from the second sample on, its first token is the last one of `held`
+        self.held: np.ndarray | None = None
+        self.writer = mds.open_writer(str(folder), dtype, seq_len + 1, compression, shard_bytes)
+
+    def add(self, encoded: Encoded) -> None:
+        """Take the next documents."""
+        self.documents += encoded.documents
+        self.text_bytes += encoded.text_bytes
+        self.rest = np.concatenate([self.rest, encoded.tokens])
+        whole = max(len(self.rest) - 1, 0) // self.seq_len
+        for i in range(whole):
+            self.hold(self.rest[i * self.seq_len : (i + 1) * self.seq_len + 1])
+        self.rest = self.rest[whole * self.seq_len :]
+
+    def hold(self, sample_T: np.ndarray) -> None:
+        """Write the sample that was held back and hold this one."""
+        self.release()
+        self.samples += 1
+        self.held = sample_T.copy()
+
+    def release(self) -> None:
+        """Write the sample that was held back."""
+        if self.held is not None:
+            self.writer.write({mds.COLUMN: self.held})
+            self.held = None
+
+    def give_last(self) -> np.ndarray:
+        """Hand out the newest sample instead of writing it."""
+        assert self.held is not None, "there is no sample to give"
+        sample_T, self.held = self.held, None
+        self.samples -= 1
+        return sample_T
+
+    def finish(self) -> SplitInfo:
+        """Write what is left and the index, and describe the split."""
+        self.release()
+        self.writer.finish()
+        index = self.writer.shards
+        files = [shard["zip_data"] or shard["raw_data"] for shard in index]
+        return SplitInfo(
+            samples=self.samples,
+            tokens=self.samples * self.seq_len,
+            documents=self.documents,
+            text_bytes=self.text_bytes,
+            dropped_tokens=len(self.rest) - (self.samples > 0),
+            shards=len(index),
+            shard_bytes=sum(file["bytes"] for file in files),
+            index=checksum(self.folder / mds.INDEX_NAME),
+        )
+
+
+def _fill_validation(train: Packer, validation: Packer) -> bool:
+    """See that both splits have a sample; True if validation's had to come from train."""
+    return False
+
+
+class Progress:
+    """Progress bar in bytes of input, or in documents where their size is unknown, with rates of tokens and documents.
+
+    Where stderr is no terminal, a line every LOG_SECONDS and none for runs shorter than that.
+    """
+
+    def __init__(self, documents: Iterable[str]):
+        self.source = documents if isinstance(documents, Documents) and documents.total_bytes else None
+        self.tokens = self.documents = 0
+        quiet = not sys.stderr.isatty()
+        self.bar: Any = tqdm(
+            desc="tokenising",
+            total=self.source and self.source.total_bytes,
+            unit="B" if self.source else " documents",
+            unit_scale=True,
+            mininterval=LOG_SECONDS if quiet else 0.2,
+            delay=LOG_SECONDS if quiet else 0,
+            leave=not quiet,
+        )
+        self.start = time.perf_counter()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
+
+    def add(self, encoded: Encoded) -> None:
+        """Count a batch that is written."""
+        self.tokens += encoded.tokens.size
+        self.documents += encoded.documents
+        seconds = max(time.perf_counter() - self.start, 1e-9)
+        rates = f"{self.tokens / seconds:,.0f} tokens/s, {self.documents / seconds:,.0f} documents/s"
+        self.bar.set_postfix_str(rates, refresh=False)
+        self.bar.update(self.source.done_bytes - self.bar.n if self.source else encoded.documents)

@@ -1,0 +1,177 @@
+"""Where this rank's part of the weights and optimizer states lies: intervals of named, flattened global tensors.
+
+Every combination of ZeRO stage and expert parallelism leaves a rank with flat float32 buffers that hold stretches of
+parameters. `shards` names these stretches; reading and writing the state of a run is then the same for all of them.
+All knowledge of DeepSpeed's private attributes (0.19) is in this file.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils import groups
+from torch import Tensor
+
+from mosaic_dist.model import GroupedLinear
+from mosaic_dist.parallel.engine import Engine
+
+
+class Shard(NamedTuple):
+    """Elements [start, start + length) of the flattened global tensor `name` are `flat[offset : offset + length]`."""
+
+    name: str
+    start: int
+    length: int
+    flat: Tensor
+    """Float32 buffer, which is what the optimizer updates (one-dimensional view)."""
+    offset: int
+    key: Tensor
+    """The optimizer's own parameter, under which its state is kept."""
+    is_writer: bool
+    """False where another rank holds the same elements and writes them."""
+
+
+class GlobalTensor(NamedTuple):
+    """A parameter as the whole model has it."""
+
+    name: str
+    shape: tuple[int, ...]
+    first_element: int
+    """Where this rank's part begins in the flattened tensor (its experts; 0 for all other parameters)."""
+
+
+def global_tensors(engine: Engine) -> dict[torch.nn.Parameter, GlobalTensor]:
+    """Every parameter of this rank's model, named and with its global shape. A shared parameter has its first name."""
+    found: dict[torch.nn.Parameter, GlobalTensor] = {}
+    for module_name, module in engine.model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+            first = 0
+            if isinstance(module, GroupedLinear):
+                first = module.first_expert * math.prod(shape[1:])
+                shape = (module.total_experts, *shape[1:])
+            found.setdefault(parameter, GlobalTensor(f"{module_name}.{name}", shape, first))
+    return found
+
+
+def shards(engine: Engine) -> Iterator[Shard]:
+    """The stretches of parameters whose float32 values and optimizer states this rank holds."""
+    return {0: _replicated, 1: _flat_groups, 2: _flat_groups, 3: _partitioned}[engine.zero_stage](engine)
+
+
+def _replicated(engine: Engine) -> Iterator[Shard]:
+    """ZeRO 0: whole parameters, the same on all ranks of their group; the group's first rank writes."""
+    for parameter, tensor in global_tensors(engine).items():
+        group = None
+        if not getattr(parameter, "allreduce", True):
+            group = groups._get_expert_data_parallel_group(parameter.group_name)  # type: ignore[attr-defined]
+        flat = parameter.data.view(-1)
+        yield Shard(
+            tensor.name, tensor.first_element, flat.numel(), flat, 0, parameter, is_writer=dist.get_rank(group) == 0
+        )
+
+
+def _flat_groups(engine: Engine) -> Iterator[Shard]:
+    """ZeRO 1 and 2: each group of parameters is one flat tensor, cut evenly over the ranks of its group."""
+    zero, tensors = engine.deepspeed.optimizer, global_tensors(engine)
+    for i, flat in enumerate(zero.single_partition_of_fp32_groups):
+        low = dist.get_rank(zero.real_dp_process_group[i]) * zero.partition_size[i]
+        high = low + zero.partition_size[i]
+        for parameter, at in zip(zero.round_robin_bit16_groups[i], zero.round_robin_bit16_offsets[i], strict=True):
+            begin, end = max(low, at), min(high, at + parameter.numel())
+            if begin < end:
+                tensor = tensors[parameter]
+                start = tensor.first_element + begin - at
+                yield Shard(tensor.name, start, end - begin, flat.data, begin - low, flat, is_writer=True)
+
+
+def _partitioned(engine: Engine) -> Iterator[Shard]:
+    """ZeRO 3: each parameter is cut over the ranks of its group; the pieces of a sub-group lie in one flat tensor."""
+    zero = engine.deepspeed.optimizer
+    for parameter, tensor in global_tensors(engine).items():
+        group_index, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
+        flat = zero.fp32_partitioned_groups_flat[group_index]
+        size = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+        begin = dist.get_rank(parameter.ds_process_group) * size  # type: ignore[attr-defined]
+        length = min(size, parameter.ds_numel - begin)  # type: ignore[attr-defined]  # the last piece is padded
+        if length > 0:
+            start = tensor.first_element + begin
+            yield Shard(tensor.name, start, length, flat.data, offset, flat, is_writer=True)
+
+
+def optimizer_tensors(engine: Engine, shard: Shard) -> dict[str, Tensor]:
+    """The optimizer's states of a shard by kind (`exp_avg`, ...): views of `length` elements."""
+    state = _inner_optimizer(engine).state.get(shard.key, {})
+    return {
+        kind: value.data.view(-1)[shard.offset : shard.offset + shard.length]
+        for kind, value in state.items()
+        if isinstance(value, Tensor) and value.numel() == shard.flat.numel() and value.dim() > 0
+    }
+
+
+def make_optimizer_tensors(engine: Engine, kinds: list[str], step: float) -> None:
+    """Give every optimizer parameter states of these kinds (zeros) and the update count, where it has none yet."""
+    optimizer = _inner_optimizer(engine)
+    for key in {id(shard.key): shard.key for shard in shards(engine)}.values():
+        state = optimizer.state[key]
+        for kind in kinds:
+            if kind not in state:
+                state[kind] = torch.zeros_like(key.data)
+        state["step"] = torch.tensor(step, dtype=torch.float32, device=_step_device(key))
+
+
+def optimizer_step_count(engine: Engine) -> float:
+    """Updates that the optimizer has made (skipped steps do not count)."""
+    steps = {float(state["step"]) for state in _inner_optimizer(engine).state.values() if "step" in state}
+    assert len(steps) <= 1, f"parameters disagree on the number of updates: {sorted(steps)}"
+    return steps.pop() if steps else 0.0
+
+
+def publish_masters(engine: Engine) -> None:
+    """After the float32 buffers were written: make the model's weights follow. Every rank must call."""
+    zero = engine.deepspeed.optimizer
+    if engine.zero_stage in (1, 2):
+        zero.update_lp_params()
+    elif engine.zero_stage == 3:
+        for i in range(len(zero.fp16_groups)):
+            zero._reassign_or_swap_out_partitioned_parameters(i)
+        if zero.persistent_parameters:
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+
+LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def counters(engine: Engine) -> dict[str, Any]:
+    """DeepSpeed's own counters and the loss scaler's state, as plain values."""
+    deepspeed_engine = engine.deepspeed
+    scaler = getattr(deepspeed_engine.optimizer, "loss_scaler", None)
+    return {
+        "global_steps": deepspeed_engine.global_steps,
+        "micro_steps": deepspeed_engine.micro_steps,
+        "skipped_steps": deepspeed_engine.skipped_steps,
+        "loss_scaler": {name: getattr(scaler, name) for name in LOSS_SCALER_FIELDS if hasattr(scaler, name)},
+    }
+
+
+def restore_counters(engine: Engine, saved: dict[str, Any]) -> None:
+    """The inverse of `counters`."""
+    deepspeed_engine = engine.deepspeed
+    deepspeed_engine.global_steps = saved["global_steps"]
+    deepspeed_engine.micro_steps = saved["global_steps"] * engine.accumulation  # of this run's accumulation
+    deepspeed_engine.skipped_steps = saved["skipped_steps"]
+    scaler = getattr(deepspeed_engine.optimizer, "loss_scaler", None)
+    for name, value in saved["loss_scaler"].items():
+        if hasattr(scaler, name):
+            setattr(scaler, name, value)
+
+
+def _inner_optimizer(engine: Engine) -> torch.optim.Optimizer:
+    """The PyTorch optimizer inside DeepSpeed's."""
+    return engine.deepspeed.basic_optimizer
+
+
+def _step_device(key: Tensor) -> torch.device:
+    return key.device  # fused AdamW keeps its count beside the parameter

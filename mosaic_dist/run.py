@@ -1,0 +1,229 @@
+"""From a recipe and a command line to a run: resolve, check, and only then start."""
+
+import contextlib
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from mosaic_dist.cli import USAGE_EXIT_CODE, fail, run_command
+from mosaic_dist.data.stream import DatasetInfo
+from mosaic_dist.errors import UserError
+from mosaic_dist.model import Counts, Transformer, count_parameters
+from mosaic_dist.parallel import (
+    World,
+    choose_degree,
+    expert_counts,
+    fill_config,
+    is_first_to_fail,
+    join_world,
+    leave_world,
+    local_size_from_environment,
+    rank_from_environment,
+    read_config,
+    resolve_precision,
+    size_from_environment,
+)
+from mosaic_dist.run_spec import Run
+from mosaic_dist.spec import Positive, SpecError, leaves, override
+from mosaic_dist.train.session import train_run
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A run with everything that follows from it on this cluster."""
+
+    run: Run
+    counts: Counts
+    precision: str
+    expert_parallel: int
+    world_size: int
+    accumulation: int
+    config: dict[str, Any]
+    """The DeepSpeed config, filled in."""
+
+
+def resolve(run: Run, ds_config: str | None, world_size: int, local_size: int) -> Resolved:
+    """Settle what the cluster decides. Raises UserError for what does not fit; nothing has started yet."""
+    with _at("model"):
+        counts = count_parameters(run.model)
+    experts = _expert_counts(run.model)
+    raw = read_config(ds_config)
+    precision = resolve_precision(run.precision, raw)
+    degree = choose_degree(run.parallel.expert_parallel, experts, world_size, local_size)
+    accumulation = run.accumulation(world_size)
+    config = fill_config(
+        raw,
+        precision=precision,
+        micro_batch=run.micro_batch,
+        accumulation=accumulation,
+        world_size=world_size,
+        clip_norm=run.optimizer.clip_norm,
+    )
+    return Resolved(run, counts, precision, degree, world_size, accumulation, config)
+
+
+def check_data(run: Run) -> DatasetInfo:
+    """The run's dataset, after checking that model and data fit each other. Raises UserError."""
+    if not run.data.path:
+        raise UserError("no data: give --data DIR, a folder made by `python -m data_prep.tokenize_to_mds`")
+    info = DatasetInfo.load(run.data.path)
+    if info.vocab_size > run.model.vocab:
+        raise UserError(
+            f"{run.data.path} has a vocabulary of {info.vocab_size} tokens, but model.vocab is {run.model.vocab}; "
+            f"use --model.vocab {info.vocab_size}, or tokenize with a smaller vocabulary"
+        )
+    if info.seq_len != run.seq_len:
+        raise UserError(
+            f"{run.data.path} holds sequences of {info.seq_len} tokens, but the run trains on {run.seq_len}; "
+            f"use --data.seq_len {info.seq_len}, or tokenize with --seq_len {run.seq_len}"
+        )
+    return info
+
+
+def _expert_counts(model: Transformer) -> list[int]:
+    with torch.device("meta"):
+        return expert_counts(model.build())
+
+
+@contextlib.contextmanager
+def _at(path: str) -> Iterator[None]:
+    """Errors of specs inside are told with their path from the run."""
+    try:
+        yield
+    except SpecError as error:
+        raise error.under(path) from None
+
+
+def describe(resolved: Resolved) -> str:
+    """The resolved run, its parameter counts and its layout, for people."""
+    run, counts = resolved.run, resolved.counts
+    rows = [(name, *pair) for name, pair in counts.components.items()] + [("total", counts.total, counts.active)]
+    table = "\n".join(f"  {name:<12} {total:>16,} {active:>16,}" for name, total, active in rows)
+    stage = resolved.config["zero_optimization"]["stage"]
+    return (
+        f"{run.to_yaml()}\n"
+        f"parameters             total           active\n{table}\n\n"
+        f"layout: {resolved.world_size} ranks, expert parallel {resolved.expert_parallel}, ZeRO {stage}, "
+        f"{resolved.precision}\n"
+        f"batch: {run.batch_tokens:,} tokens = {run.batch_sequences} sequences of {run.seq_len} = "
+        f"{resolved.world_size} ranks x {resolved.accumulation} micro-batches of {run.micro_batch}\n"
+        f"steps: {run.steps:,} = {run.steps * run.batch_tokens:,} tokens"
+    )
+
+
+def main(run: Run) -> None:
+    """The command line of a recipe: train `run`, with what the words change of it. The flags are in RECIPE_HELP."""
+
+    def recipe(
+        ds_config: str | None = None,
+        output: str | None = None,
+        data: str | None = None,
+        expert_parallel: Positive | Literal["auto"] | None = None,
+        stop_at_step: Positive | None = None,
+        dry_run: bool = False,
+        local_rank: int | None = None,  # the deepspeed launcher's own word; the environment says the same
+        **overrides: Any,
+    ) -> None:
+        short = {"data.path": data, "parallel.expert_parallel": expert_parallel}
+        changed = override(run, overrides | {path: value for path, value in short.items() if value is not None})
+        start(changed, ds_config, output or f"runs/{changed.name}", stop_at_step, dry_run)
+
+    fields = "\n".join(f"  --{path:<40} {value}" for path, value in leaves(run))
+    recipe.__doc__ = RECIPE_HELP.format(name=run.name, fields=fields)
+    run_command(recipe, f"deepspeed {Path(sys.argv[0]).name}", is_speaker=_is_first_of_node())
+
+
+def main_from_yaml() -> None:
+    """The command line of a run written as YAML (`--config FILE`), with the flags of every recipe besides."""
+    words = sys.argv[1:]
+    at = next((i for i, word in enumerate(words) if word.partition("=")[0] == "--config"), None)
+    given = None if at is None else words[at].partition("=")[2] or (words[at + 1 :] or [None])[0]
+    if at is None or given is None:
+        fail(UserError("--config FILE is needed: a run as YAML, such as a run folder's run.yaml"), _is_first_of_node())
+    try:
+        run = Run.from_yaml(Path(given).read_text())
+    except OSError as error:
+        fail(UserError(f"cannot read {given}: {error.strerror}"), _is_first_of_node())
+    except UserError as error:
+        fail(UserError(f"{given}: {error}"), _is_first_of_node())
+    del sys.argv[1 + at : 1 + at + (1 if "=" in words[at] else 2)]
+    main(run)
+
+
+def start(run: Run, ds_config: str | None, output: str, stop_at_step: int | None, dry_run: bool) -> None:
+    """Resolve and check a run, then train it in the folder `output`, or only print it. UserError for what is wrong."""
+    resolved = resolve(run, ds_config, size_from_environment(), local_size_from_environment())
+    if dry_run:
+        if rank_from_environment() == 0:
+            print(describe(resolved))
+        return
+    info = check_data(run)
+    with _world(run.parallel.timeout_seconds) as world:
+        train_run(run, info, resolved.config, resolved.expert_parallel, resolved.counts, output, stop_at_step, world)
+
+
+RECIPE_HELP = """Train the run {name!r}.
+
+Start it with `deepspeed`, `torchrun`, `srun`, or plain `python` for one process. A folder that holds this run
+already is continued from its newest checkpoint.
+
+  --ds_config FILE      DeepSpeed JSON (ds_configs/); without it ZeRO stage 1
+  --output DIR          run folder; default runs/NAME
+  --data DIR            dataset made by `python -m data_prep.tokenize_to_mds`
+  --expert_parallel N   ranks that share the experts of a layer; "auto" by default
+  --stop_at_step N      save a checkpoint and stop there; start again to go on
+  --dry_run             print the resolved run and its parameter counts, and stop
+
+Any field of the run is changed by its path, and the name of another kind swaps a part (--model.norm layernorm).
+A path through the list of blocks means all of them, blocks[0] or blocks.0 one. The fields and their values here:
+
+{fields}"""
+
+
+def _is_first_of_node() -> bool:
+    """Whether this process tells what all processes of the node find out before they meet.
+
+    Until then all of them read the same words and the same files, so an error that one has, all have.
+    """
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))) == 0
+
+
+CRASH_EXIT_CODE = 1
+
+
+@contextlib.contextmanager
+def _world(timeout_seconds: float) -> Iterator[World]:
+    """The process group around a run. An error on one rank is told once, and ends all ranks at once."""
+    world = join_world(timeout_seconds)
+    try:
+        yield world
+    except BaseException as error:
+        if world.size == 1:
+            leave_world()
+            raise
+        if is_first_to_fail():
+            where = f"[rank {world.rank} on {socket.gethostname()}]"
+            if isinstance(error, UserError) and not os.environ.get("MOSAIC_DEBUG"):
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            else:
+                print(f"{where} failed first:", file=sys.stderr)
+                traceback.print_exc()
+        else:
+            time.sleep(GRACE_SECONDS)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # not sys.exit: the others may sit in a collective that an orderly end would wait for
+        os._exit(USAGE_EXIT_CODE if isinstance(error, UserError) else CRASH_EXIT_CODE)
+    leave_world()
+
+
+GRACE_SECONDS = 1.0
+"""Time that the first rank to fail has for its message before others end and the launcher kills the rest."""

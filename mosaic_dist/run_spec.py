@@ -1,0 +1,104 @@
+"""Run: everything that defines an experiment, in one value."""
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from mosaic_dist.checkpoint.spec import CheckpointPolicy
+from mosaic_dist.data.stream import Data
+from mosaic_dist.model import Transformer
+from mosaic_dist.optim import Cosine, Optimizer, Schedule
+from mosaic_dist.parallel.deepspeed_config import Precision
+from mosaic_dist.parallel.spec import Parallel
+from mosaic_dist.spec import NonNegative, Positive, Spec, SpecError, leaves
+
+
+class Logging(Spec):
+    """What is told while training.
+
+    `every_steps` is the interval of metrics and progress, `plot_every_steps` that of the loss curve (0: at the end
+    only). `trackers` get the metrics besides `metrics.jsonl`; W&B runs offline unless WANDB_MODE says otherwise.
+    """
+
+    every_steps: Positive = 1
+    plot_every_steps: NonNegative = 0
+    trackers: tuple[Literal["wandb", "tensorboard"], ...] = ()
+    project: str = "mosaic_dist"
+
+
+class Run(Spec):
+    """An experiment.
+
+    Each of `steps` updates is over `batch_tokens` tokens, whatever the cluster; every rank takes `micro_batch`
+    sequences at a time and accumulates the rest. `precision` "auto" means bf16 where the GPU has it, fp16 on older
+    ones, fp32 on CPU. `nonfinite` says what a NaN or infinite loss does: "stop" the run, or "skip" the step.
+    `validate_every_steps` 0 turns validation off; `validation_samples` bounds it (0: all).
+    """
+
+    name: str
+    model: Transformer
+    data: Data
+    optimizer: Optimizer
+    schedule: Schedule = Cosine()
+    steps: Positive
+    batch_tokens: Positive
+    micro_batch: Positive = 1
+    precision: Precision = "auto"
+    seed: NonNegative = 0
+    nonfinite: Literal["stop", "skip"] = "stop"
+    validate_every_steps: NonNegative = 0
+    validation_samples: NonNegative = 256
+    parallel: Parallel = Parallel()
+    checkpoint: CheckpointPolicy = CheckpointPolicy()
+    logging: Logging = Logging()
+
+    def check(self) -> None:
+        """Sequences fit the model, the batch is made of whole sequences, the warm-up ends before the run."""
+        if self.seq_len > self.model.context:
+            raise SpecError("data.seq_len", f"{self.seq_len} is more than the model's context ({self.model.context})")
+        if self.batch_tokens % self.seq_len:
+            low = self.batch_tokens // self.seq_len * self.seq_len
+            raise SpecError(
+                "batch_tokens",
+                f"{self.batch_tokens} is not a multiple of the sequence length {self.seq_len}; "
+                f"nearest: {low or self.seq_len} or {low + self.seq_len}",
+            )
+        if self.schedule.warmup_steps > self.steps:
+            raise SpecError("schedule.warmup_steps", f"{self.schedule.warmup_steps} is more than steps ({self.steps})")
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens per sequence: the data's, or the model's whole context."""
+        return self.data.seq_len or self.model.context
+
+    @property
+    def batch_sequences(self) -> int:
+        """Sequences of the global batch."""
+        return self.batch_tokens // self.seq_len
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro-batches per rank and step. `SpecError` where the batch cannot be dealt out evenly."""
+        per_round = self.micro_batch * world_size
+        if self.batch_sequences % per_round:
+            raise SpecError(
+                "batch_tokens",
+                f"{self.batch_tokens} tokens are {self.batch_sequences} sequences of {self.seq_len}, which {world_size} "
+                f"ranks cannot take in micro-batches of {self.micro_batch} ({per_round} at a time); change batch_tokens, "
+                "micro_batch or the number of ranks",
+            )
+        return self.batch_sequences // per_round
+
+
+MAY_CHANGE = ("parallel.", "checkpoint.", "logging.", "data.path", "data.workers", "micro_batch", "precision")
+"""Fields that belong to the cluster rather than to the experiment: a run may be continued with others."""
+
+
+def differences(old: Run, new: Run) -> Iterator[str]:
+    """Fields in which two runs are different experiments, as `path: old there, new here`."""
+    was, now = dict(_settled(old)), dict(_settled(new))
+    for path in sorted(was.keys() | now.keys()):
+        if was.get(path, "nothing") != now.get(path, "nothing"):
+            yield f"{path}: {was.get(path, 'nothing')!r} there, {now.get(path, 'nothing')!r} here"
+
+
+def _settled(run: Run) -> Iterator[tuple[str, Any]]:
+    return (leaf for leaf in leaves(run) if not leaf[0].startswith(MAY_CHANGE))

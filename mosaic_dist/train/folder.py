@@ -1,0 +1,99 @@
+"""The run folder: everything that a run leaves behind, and the proof that it is this run's."""
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mosaic_dist.errors import UserError
+from mosaic_dist.files import write_atomic
+from mosaic_dist.run_spec import Run, differences
+
+SHOWN_DIFFERENCES = 8
+PACKAGES = ("mosaic-dist", "torch", "deepspeed", "mosaicml-streaming", "tokenizers", "safetensors", "numpy")
+
+
+class RunFolder:
+    """Paths of a run folder."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.run_yaml = self.path / "run.yaml"
+        self.metrics = self.path / "metrics.jsonl"
+        self.loss_plot = self.path / "loss.png"
+        self.checkpoints = self.path / "checkpoints"
+        self.tokenizer = self.path / "tokenizer.json"
+
+    def claim(self, run: Run) -> None:
+        """Make the folder, or check that what is in it is the same experiment. Only one process may hold it.
+
+        Raises UserError when the folder belongs to another run, is in use, or holds other files.
+        """
+        if self.run_yaml.exists():
+            found = list(differences(Run.from_yaml(self.run_yaml.read_text()), run))
+            if found:
+                more = f"\n  and {len(found) - SHOWN_DIFFERENCES} more" if len(found) > SHOWN_DIFFERENCES else ""
+                listing = "\n  ".join(found[:SHOWN_DIFFERENCES])
+                raise UserError(f"{self.path} holds another run; choose another --output.\n  {listing}{more}")
+        elif self.path.exists() and any(self.path.iterdir()):
+            raise UserError(f"{self.path} is not empty and holds no run.yaml; choose another --output")
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self._lock()
+
+    def _lock(self) -> None:
+        lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held until the process ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{self.path} is in use by another process that trains in it") from None
+        except OSError:  # a file system without locks
+            return
+        self._lock_file = lock
+
+    def describe(self, run: Run, config: dict[str, Any], facts: dict[str, Any], tokenizer: Path) -> None:
+        """Write the resolved run, the DeepSpeed config, the environment and the tokenizer."""
+        write_atomic(self.run_yaml, run.to_yaml())
+        write_atomic(self.path / "ds_config.json", json.dumps(config, indent=2) + "\n")
+        write_atomic(self.path / "environment.json", json.dumps(environment() | facts, indent=2) + "\n")
+        diff = _git("diff", "HEAD")
+        if diff:
+            write_atomic(self.path / "git.diff", diff + "\n")
+        if not self.tokenizer.exists():
+            aside = self.path / ".tokenizer.json"
+            shutil.copyfile(tokenizer, aside)
+            os.replace(aside, self.tokenizer)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, hardware, command and git state of this process."""
+    versions = {}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "packages": versions,
+        "host": platform.node(),
+        "device": device,
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_clean": _git("status", "--porcelain") == "",
+    }
+
+
+def _git(*words: str) -> str | None:
+    """Output of a git command on the folder of this package's sources; None where that is no repository."""
+    done = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,143 @@
+"""One start of a run: claim the folder, continue or begin, train, leave everything in order."""
+
+import sys
+from typing import Any
+
+import torch
+
+from mosaic_dist.checkpoint import Checkpoint, CheckpointError, prune, steps
+from mosaic_dist.checkpoint.engine_state import load_engine, save_engine
+from mosaic_dist.data.stream import DatasetInfo, Loader, validation_batches
+from mosaic_dist.model import Counts, flops_per_token
+from mosaic_dist.parallel import Engine, StepResult, World, gather_problems, on_main
+from mosaic_dist.run_spec import Run
+from mosaic_dist.train.folder import RunFolder
+from mosaic_dist.train.peak import peak_flops_per_second
+from mosaic_dist.train.reporting import LossPlot, Metrics, ProgressBar, Speed, make_trackers
+from mosaic_dist.train.trainer import Hook, NonfiniteGuard, Progress, Trainer, Validation, due
+
+
+def train_run(
+    run: Run,
+    info: DatasetInfo,
+    config: dict[str, Any],
+    degree: int,
+    counts: Counts,
+    output: str,
+    stop_at_step: int | None,
+    world: World,
+) -> Trainer:
+    """Train `run` in the folder `output`, from its newest checkpoint if it has one. Every rank calls.
+
+    `config` is a filled DeepSpeed config and `degree` the expert-parallel degree.
+    """
+    folder = RunFolder(output)
+    on_main(world, lambda: folder.claim(run))
+    torch.manual_seed(run.seed + world.rank)
+    engine = Engine(run.model, run.optimizer, config, degree, run.seed, world)
+    checkpoint = newest_good(folder, world)
+    trainer = begin(run, info, engine, checkpoint)
+    until_step = min(run.steps, stop_at_step or run.steps)
+    peak, peak_source = peak_flops_per_second(world.device)
+    facts = {
+        "world_size": world.size,
+        "expert_parallel": degree,
+        "zero_stage": engine.zero_stage,
+        "parameters": counts.total,
+        "active_parameters": counts.active,
+        "peak_flops_per_second": peak,
+        "peak_source": peak_source,
+    }
+    on_main(world, lambda: folder.describe(run, config, facts, info.tokenizer_path))
+    say(world, f"{run.name}: {counts.total:,} parameters ({counts.active:,} active), {world.size} ranks, expert parallel "
+        f"{degree}, ZeRO {engine.zero_stage}; steps {trainer.progress.step} to {until_step} of {run.steps} in {folder.path}")
+    if trainer.progress.step >= until_step:
+        say(world, "nothing to do: the run is already there")
+        return trainer
+    speed = Speed(flops_per_token(run.model, run.seq_len), peak)
+    trainer.train(until_step, make_hooks(trainer, folder, info, speed, until_step))
+    say(world, f"done: step {trainer.progress.step}, {trainer.progress.tokens:,} tokens; see {folder.path}")
+    return trainer
+
+
+def begin(run: Run, info: DatasetInfo, engine: Engine, checkpoint: Checkpoint | None) -> Trainer:
+    """A trainer at a checkpoint, or at the start."""
+    progress, data_state = Progress(), None
+    if checkpoint is not None:
+        load_engine(checkpoint, engine)
+        progress = Progress(**checkpoint.state["progress"])
+        data_state = checkpoint.state["data"]
+    loader = Loader(
+        run.data,
+        info,
+        split=run.data.split,
+        seq_len=run.seq_len,
+        global_batch=run.batch_sequences,
+        rank=engine.world.rank,
+        world_size=engine.world.size,
+        seed=run.seed,
+        state=data_state,
+    )
+    return Trainer(run, engine, loader, progress)
+
+
+def make_hooks(trainer: Trainer, folder: RunFolder, info: DatasetInfo, speed: Speed, until_step: int) -> list[Hook]:
+    """What happens after each step, in this order. The main process alone reports."""
+    run, world, step = trainer.run, trainer.engine.world, trainer.progress.step
+    batches = validation_batches(
+        run.data, info, seq_len=run.seq_len, batch=run.micro_batch, rank=world.rank, world_size=world.size,
+        limit=run.validation_samples,
+    ) if run.validate_every_steps else []
+    validation = Validation(batches, run.validate_every_steps)
+    hooks: list[Hook] = [NonfiniteGuard(run.nonfinite), validation]
+    if world.is_main:
+        hooks.append(Metrics(folder, run, step, validation, make_trackers(run, folder.path), speed))
+        hooks.append(ProgressBar(run, step, until_step, speed))
+    hooks.append(Saver(folder, until_step))
+    if world.is_main:
+        hooks.append(LossPlot(folder, run, until_step))
+    return hooks
+
+
+class Saver:
+    """Writes a checkpoint every so many steps and when this start of the run ends."""
+
+    def __init__(self, folder: RunFolder, until_step: int):
+        self.folder, self.until_step = folder, until_step
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        """Save when due, then drop the oldest. Every rank takes part."""
+        policy, step = trainer.run.checkpoint, trainer.progress.step
+        if due(step, policy.every_steps, self.until_step):
+            state = {"progress": vars(trainer.progress), "data": trainer.loader.state()}
+            save_engine(self.folder.checkpoints, step, trainer.engine, state)
+            if trainer.engine.world.is_main:
+                prune(self.folder.checkpoints, policy.keep_last)
+
+
+def newest_good(folder: RunFolder, world: World) -> Checkpoint | None:
+    """The newest checkpoint whose every file has its checksum, each rank reading its share; None for a fresh folder.
+
+    One that is damaged is named and passed over. If all are, CheckpointError: a run never starts from zero in silence.
+    """
+    found = on_main(world, lambda: steps(folder.checkpoints))
+    for step in reversed(found):
+        checkpoint, problem = None, None
+        try:
+            checkpoint = Checkpoint.open(folder.checkpoints / f"step_{step:08d}")
+            checkpoint.verify(world.rank, world.size)
+        except CheckpointError as error:
+            problem = str(error)
+        problems = gather_problems(problem)
+        if not problems:
+            return checkpoint
+        say(world, f"warning: passing over a damaged checkpoint: {problems[0]}")
+    if found:
+        raise CheckpointError(f"every checkpoint in {folder.checkpoints} is damaged; remove them to start afresh")
+    return None
+
+
+def say(world: World, text: str) -> None:
+    """Tell people something, once."""
+    if world.is_main:
+        print(text, file=sys.stderr, flush=True)

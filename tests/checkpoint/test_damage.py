@@ -1,0 +1,121 @@
+"""Whatever happens to a file after it was written is told, and nothing in a file is ever executed."""
+
+import pickle
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from mosaic_dist.checkpoint import Checkpoint, CheckpointError
+from mosaic_dist.checkpoint.manifest import read_manifest, render_manifest
+from tests.checkpoint.samples import DTYPES, SHAPES, save_small
+
+FLIPS = 120
+
+
+def read_all(directory: Path) -> None:
+    checkpoint = Checkpoint.open(directory)
+    checkpoint.rank_state(0)
+    for name in SHAPES:
+        for kind in DTYPES:
+            checkpoint.read_full(name, kind)
+
+
+def flip(path: Path, position: int, bit: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(position)
+        byte = file.read(1)[0]
+        file.seek(position)
+        file.write(bytes([byte ^ (1 << bit)]))
+
+
+@pytest.mark.parametrize("name", ["rank_00000.safetensors", "manifest.json"])
+def test_a_flipped_bit_anywhere_is_found(tmp_path: Path, name: str) -> None:
+    directory = save_small(tmp_path, 1)
+    path = directory / name
+    size = path.stat().st_size
+    header = 8 + int.from_bytes((directory / "rank_00000.safetensors").read_bytes()[:8], "little")
+    chance = random.Random(0)
+    for position in [0, 7, 8, 50, size - 1, *(chance.randrange(size) for _ in range(FLIPS))]:
+        bit = chance.randrange(8)
+        flip(path, position, bit)
+        with pytest.raises(CheckpointError, match=f"{name} is damaged"):
+            Checkpoint.open(directory).verify()
+        if name == "manifest.json" or position >= header:
+            with pytest.raises(CheckpointError, match=f"{name} is damaged"):
+                read_all(directory)
+        flip(path, position, bit)
+    Checkpoint.open(directory).verify()
+    read_all(directory)
+
+
+@pytest.mark.parametrize("name", ["rank_00000.safetensors", "manifest.json"])
+@pytest.mark.parametrize("change", ["truncate", "extend", "empty", "delete"])
+def test_another_size_or_none_does_not_open(tmp_path: Path, name: str, change: str) -> None:
+    directory = save_small(tmp_path, 1)
+    content = (directory / name).read_bytes()
+    if change == "delete":
+        (directory / name).unlink()
+    else:
+        (directory / name).write_bytes({"truncate": content[:-1], "extend": content + b" ", "empty": b""}[change])
+    with pytest.raises(CheckpointError, match=name):
+        Checkpoint.open(directory)
+
+
+def test_a_file_that_changes_after_opening_is_found(tmp_path: Path) -> None:
+    directory = save_small(tmp_path, 1)
+    path = directory / "rank_00000.safetensors"
+    truncated, gone = Checkpoint.open(directory), Checkpoint.open(directory)
+    path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(CheckpointError, match=r"of \d+ bytes are there"):
+        [truncated.read_full(name, "master") for name in SHAPES]
+    path.unlink()
+    for act in (gone.verify, lambda: gone.read_full("scale", "master"), lambda: gone.rank_state(0)):
+        with pytest.raises(CheckpointError, match=r"rank_00000\.safetensors cannot be read: No such file"):
+            act()
+
+
+def test_a_data_file_of_another_step_is_found(tmp_path: Path) -> None:
+    mine, other = save_small(tmp_path, 1), save_small(tmp_path, 2)
+    content = (other / "rank_00000.safetensors").read_bytes()
+    assert len(content) == (mine / "rank_00000.safetensors").stat().st_size
+    (mine / "rank_00000.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match="is damaged"):
+        read_all(mine)
+
+
+def test_a_manifest_of_a_later_format_is_refused(tmp_path: Path) -> None:
+    directory = save_small(tmp_path, 1)
+    manifest = read_manifest(directory) | {"format": 2}
+    (directory / "manifest.json").write_bytes(render_manifest(manifest))
+    with pytest.raises(CheckpointError, match="has format 2; this version reads format 1"):
+        Checkpoint.open(directory)
+
+
+class Trap:
+    """A pickle that leaves a file behind when it is loaded."""
+
+    def __init__(self, path: Path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+def test_a_pickle_in_place_of_a_data_file_is_refused_and_not_run(tmp_path: Path) -> None:
+    directory, sprung = save_small(tmp_path, 1), tmp_path / "sprung"
+    path = directory / "rank_00000.safetensors"
+    size = path.stat().st_size
+    content = pickle.dumps(Trap(sprung))
+    torch.save(Trap(sprung), tmp_path / "trap.pt")
+    for trap in (content, content.ljust(size, b"\0"), (tmp_path / "trap.pt").read_bytes().ljust(size, b"\0")):
+        path.write_bytes(trap)
+        with pytest.raises(CheckpointError, match="is damaged"):
+            read_all(directory)
+    (directory / "manifest.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match="is damaged"):
+        read_all(directory)
+    assert not sprung.exists()
+    pickle.loads(content)
+    assert sprung.exists()

@@ -1,0 +1,46 @@
+"""A tiny model with experts, its data, and the plain PyTorch loop that every engine must equal."""
+
+import torch
+from torch import Tensor
+
+from mosaic_dist.model import MHA, Block, Factored, MoE, SwiGLU, Transformer
+from mosaic_dist.optim import AdamW, parameter_groups
+
+STEPS, BATCH, MICRO, LENGTH = 10, 8, 2, 24
+LEARNING_RATE = 3e-3
+OPTIMIZER = AdamW(learning_rate=LEARNING_RATE, clip_norm=0.3, weight_decay=0.1)
+MODEL = Transformer(
+    vocab=64,
+    dim=32,
+    context=LENGTH,
+    embedding=Factored(rank=16),
+    blocks=(
+        Block(attention=MHA(heads=4), ffn=SwiGLU(width=48)),
+        Block(attention=MHA(heads=4), ffn=MoE(expert=SwiGLU(width=64), split=4, experts=4, top_k=2)),
+    ),
+)
+
+
+def batches() -> list[tuple[Tensor, Tensor]]:
+    """Per step inputs and targets [BATCH, LENGTH] of the global batch."""
+    generator = torch.Generator().manual_seed(1)
+    walk = torch.randint(0, 7, (STEPS, BATCH, LENGTH + 1), generator=generator).cumsum(-1) % MODEL.vocab
+    return [(step[:, :-1].contiguous(), step[:, 1:].contiguous()) for step in walk]
+
+
+def reference() -> tuple[list[float], list[float], dict[str, Tensor]]:
+    """Losses, gradient norms and final weights of one process without DeepSpeed."""
+    model = MODEL.build_initialized(0)
+    optimizer = OPTIMIZER.build(parameter_groups(model, OPTIMIZER.weight_decay))
+    losses, norms = [], []
+    for inputs, targets in batches():
+        total = 0.0
+        for x, y in zip(inputs.split(MICRO), targets.split(MICRO), strict=True):
+            parts = model(x, y)
+            (parts.cross_entropy_sum / targets.numel() + parts.auxiliary / (BATCH // MICRO)).backward()
+            total += parts.cross_entropy_sum.item()
+        losses.append(total / targets.numel())
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip_norm).item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses, norms, {name: parameter.detach() for name, parameter in model.named_parameters()}

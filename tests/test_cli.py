@@ -1,0 +1,90 @@
+"""Command lines: words are checked before anything runs."""
+
+from typing import Any, Literal
+
+import pytest
+
+from mosaic_dist.cli import run_command, run_subcommand
+from mosaic_dist.errors import UserError
+from mosaic_dist.spec import Positive
+
+calls: list[Any] = []
+
+
+def tool(path: str, count: Positive = 3, mode: Literal["a", "b"] = "a", flag: bool = False) -> str:
+    """Do something.
+
+    More text.
+    """
+    calls.append((path, count, mode, flag))
+    if path == "bad":
+        raise UserError("the path is bad")
+    return path
+
+
+def gather(*more: str, **rest: Any) -> tuple[Any, ...]:
+    """Take everything."""
+    return more, rest
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    calls.clear()
+
+
+def test_words_become_typed_arguments():
+    assert run_command(tool, "tool", ["--path", "x", "--count=4", "--flag"]) == "x"
+    assert calls == [("x", 4, "a", True)]
+    assert run_command(gather, "gather", ["a", "b", "--model.blocks.ffn.top_k", "1", "--model.norm=layernorm"]) == (
+        ("a", "b"),
+        {"model.blocks.ffn.top_k": 1, "model.norm": "layernorm"},
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--path", "x", "--cuont", "4"], "unknown flag --cuont; did you mean 'count'"),
+        (["--path", "x", "--count", "0"], "--count: 0 must be at least 1"),
+        (["--path", "x", "--count", "many"], "--count: expected int, got 'many'"),
+        (["--path", "x", "--mode", "c"], "--mode: 'c' is not one of 'a', 'b'"),
+        (["--count", "4"], "--path is needed"),
+        (["x"], "unexpected word 'x'"),
+    ],
+)
+def test_wrong_words_are_one_message_and_nothing_runs(words, says, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_command(tool, "tool", words)
+    assert ended.value.code == 2
+    printed = capsys.readouterr()
+    assert says in printed.err
+    assert printed.err.count("error:") == 1
+    assert calls == []
+
+
+def test_user_errors_end_with_their_message_only(capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_command(tool, "tool", ["--path", "bad"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: the path is bad\n"
+
+
+def test_help_names_every_flag(capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_command(tool, "tool", ["--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("--path", "--count", "--mode", "--flag", "Do something."))
+    assert calls == []
+
+
+def test_subcommands(capsys):
+    assert run_subcommand({"tool": tool}, "program", ["tool", "--path", "y"]) == "y"
+    with pytest.raises(SystemExit) as ended:
+        run_subcommand({"tool": tool}, "program", ["tol"])
+    assert ended.value.code == 2
+    assert "did you mean 'tool'" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        run_subcommand({"tool": tool}, "program", ["--help"])
+    assert ended.value.code == 0
+    assert "Do something." in capsys.readouterr().out
