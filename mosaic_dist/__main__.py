@@ -54,12 +54,12 @@ def generate(
 ) -> None:
     """Continue a text with an exported model.
 
-      --model DIR           folder made by `export`
-      --prompt TEXT         the beginning
-      --max_new_tokens N    how far to go; the end-of-text token stops earlier
-      --temperature X       0 takes the most likely token each time
-      --top_k N             draw from the N most likely tokens; None: from all
-      --seed N              of the draws
+    --model DIR           folder made by `export`
+    --prompt TEXT         the beginning
+    --max_new_tokens N    how far to go; the end-of-text token stops earlier
+    --temperature X       0 takes the most likely token each time
+    --top_k N             draw from the N most likely tokens; None: from all
+    --seed N              of the draws
     """
     tokenizer = Tokenizer.load(model)
     network = load_exported(model)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from mosaic_dist.cli import USAGE_EXIT_CODE, fail, run_command
-from mosaic_dist.data.stream import DatasetInfo
+from mosaic_dist.data.dataset import DatasetInfo
 from mosaic_dist.errors import UserError
 from mosaic_dist.model import Counts, Transformer, count_parameters
 from mosaic_dist.parallel import (
@@ -72,18 +72,16 @@ def resolve(run: Run, ds_config: str | None, world_size: int, local_size: int) -
 
 def check_data(run: Run) -> DatasetInfo:
     """The run's dataset, after checking that model and data fit each other. Raises UserError."""
-    if not run.data.path:
-        raise UserError("no data: give --data DIR, a folder made by `python -m data_prep.tokenize_to_mds`")
-    info = DatasetInfo.load(run.data.path)
+    info = run.data.load()
     if info.vocab_size > run.model.vocab:
         raise UserError(
             f"{run.data.path} has a vocabulary of {info.vocab_size} tokens, but model.vocab is {run.model.vocab}; "
             f"use --model.vocab {info.vocab_size}, or tokenize with a smaller vocabulary"
         )
-    if info.seq_len != run.seq_len:
+    if info.seq_len % run.seq_len:
         raise UserError(
-            f"{run.data.path} holds sequences of {info.seq_len} tokens, but the run trains on {run.seq_len}; "
-            f"use --data.seq_len {info.seq_len}, or tokenize with --seq_len {run.seq_len}"
+            f"{run.data.path} holds sequences of {info.seq_len} tokens, which do not divide into the run's "
+            f"{run.seq_len}; use --data.seq_len {info.seq_len}, or tokenize with --seq_len {run.seq_len}"
         )
     return info
 

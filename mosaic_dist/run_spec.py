@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from mosaic_dist.checkpoint.spec import CheckpointPolicy
-from mosaic_dist.data.stream import Data
+from mosaic_dist.data import Data
 from mosaic_dist.model import Transformer
 from mosaic_dist.optim import Cosine, Optimizer, Schedule
 from mosaic_dist.parallel.deepspeed_config import Precision
@@ -88,7 +88,16 @@ class Run(Spec):
         return self.batch_sequences // per_round
 
 
-MAY_CHANGE = ("parallel.", "checkpoint.", "logging.", "data.path", "data.workers", "micro_batch", "precision")
+MAY_CHANGE = (
+    "parallel.",
+    "checkpoint.",
+    "logging.",
+    "data.path",
+    "data.workers",
+    "data.verify",
+    "micro_batch",
+    "precision",
+)
 """Fields that belong to the cluster rather than to the experiment: a run may be continued with others."""
 
 

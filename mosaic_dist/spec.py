@@ -211,7 +211,9 @@ def _parse_spec(family: type[Spec], value: Any, path: str) -> Spec:
     known = fields(cls)
     for key in given:
         if key not in known:
-            raise SpecError(join(path, key), f"{_name(cls)} has no such field ({given[key]!r}); {nearest(key, list(known))}")
+            raise SpecError(
+                join(path, key), f"{_name(cls)} has no such field ({given[key]!r}); {nearest(key, list(known))}"
+            )
     for field in dataclasses.fields(typing.cast(Any, cls)):
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and field.name not in given:
@@ -289,9 +291,7 @@ def _fold(value: Any) -> Any:
             if times > 1 and times * length > best[0] and isinstance(items[at], dict):
                 best = (times * length, length)
         covered, length = best
-        folded.append(
-            items[at] if covered == 1 else {"repeat": covered // length, "of": items[at : at + length]}
-        )
+        folded.append(items[at] if covered == 1 else {"repeat": covered // length, "of": items[at : at + length]})
         at += covered
     return folded
 

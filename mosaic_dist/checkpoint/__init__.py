@@ -1,9 +1,19 @@
 """Checkpoints as intervals of flat tensors: saved whole or not at all, read back in any other partition."""
 
-from mosaic_dist.checkpoint.folder import newest, prune, steps
+from mosaic_dist.checkpoint.folder import candidates, newest, prune, steps
 from mosaic_dist.checkpoint.pieces import CheckpointError, Piece
 from mosaic_dist.checkpoint.reader import Checkpoint
 from mosaic_dist.checkpoint.spec import CheckpointPolicy
 from mosaic_dist.checkpoint.store import save
 
-__all__ = ["Checkpoint", "CheckpointError", "CheckpointPolicy", "Piece", "newest", "prune", "save", "steps"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "CheckpointPolicy",
+    "Piece",
+    "candidates",
+    "newest",
+    "prune",
+    "save",
+    "steps",
+]

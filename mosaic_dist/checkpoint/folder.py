@@ -46,9 +46,24 @@ def sweep(root: Path) -> None:
             shutil.rmtree(path)
 
 
+def candidates(root: str | Path) -> dict[int, Path]:
+    """Folders that claim to be checkpoints, whole or broken, by ascending step; empty if `root` does not exist.
+
+    For those who verify every byte before they choose. A retired one is among them only where its name is free.
+    """
+    root = Path(root)
+    found = {}
+    for path in root.iterdir() if root.is_dir() else ():
+        if name := _STEP.fullmatch(path.name):
+            found[int(name[1])] = path
+        elif (retired := _RETIRED.fullmatch(path.name)) and not (root / retired[1]).exists():
+            found[int(retired[1].removeprefix("step_"))] = path
+    return dict(sorted(found.items()))
+
+
 def steps(root: str | Path) -> list[int]:
     """Steps of all whole checkpoints (those that open), ascending; empty if the folder does not exist."""
-    return [step for step, path in _folders(Path(root)).items() if isinstance(_try_open(step, path), Checkpoint)]
+    return [step for step, path in candidates(root).items() if isinstance(_try_open(step, path), Checkpoint)]
 
 
 def newest(root: str | Path) -> Checkpoint | None:
@@ -59,7 +74,7 @@ def newest(root: str | Path) -> Checkpoint | None:
     decide and tell the others the step.
     """
     broken: list[CheckpointError] = []
-    for step, path in reversed(_folders(Path(root)).items()):
+    for step, path in reversed(candidates(root).items()):
         found = _try_open(step, path)
         if isinstance(found, Checkpoint):
             if broken:
@@ -82,21 +97,10 @@ def prune(root: str | Path, keep_last: int) -> list[int]:
         raise ValueError(f"keep_last ({keep_last}) must be at least 1")
     whole = steps(root)
     kept = whole[-keep_last:]
-    doomed = {step: path for step, path in _folders(Path(root)).items() if kept and step < kept[0]}
+    doomed = {step: path for step, path in candidates(root).items() if kept and step < kept[0]}
     for path in doomed.values():
         remove_directory(path)
     return list(doomed)
-
-
-def _folders(root: Path) -> dict[int, Path]:
-    """Folders that claim to be checkpoints, by ascending step; a retired one only where its name is free."""
-    found = {}
-    for path in root.iterdir() if root.is_dir() else ():
-        if name := _STEP.fullmatch(path.name):
-            found[int(name[1])] = path
-        elif (retired := _RETIRED.fullmatch(path.name)) and not (root / retired[1]).exists():
-            found[int(retired[1].removeprefix("step_"))] = path
-    return dict(sorted(found.items()))
 
 
 def _try_open(step: int, path: Path) -> Checkpoint | CheckpointError:

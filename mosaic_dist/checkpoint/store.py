@@ -200,7 +200,8 @@ def _commit(
     try:
         publish_directory(aside, final)
     except BaseException:
-        os.rename(retired, final)
+        if not final.exists():
+            os.rename(retired, final)
         raise
     remove_directory(retired)
 

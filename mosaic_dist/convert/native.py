@@ -1,10 +1,10 @@
 """Exported models: a folder with safetensors, the model's configuration and its tokenizer.
 
-    config.json                       the model spec, and which run and step it comes from
-    model.safetensors                 the weights; or model-00001-of-0000N.safetensors and
-    model.safetensors.index.json      the index, in Hugging Face's form
-    tokenizer.json
-    checksums.json                    size and xxh3-128 of every other file
+config.json                       the model spec, and which run and step it comes from
+model.safetensors                 the weights; or model-00001-of-0000N.safetensors and
+model.safetensors.index.json      the index, in Hugging Face's form
+tokenizer.json
+checksums.json                    size and xxh3-128 of every other file
 """
 
 import json
@@ -85,7 +85,9 @@ def expected_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
 def _check_complete(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
     missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing or extra:
-        raise UserError(f"the weights are not this model's: missing {missing[:5] or 'none'}, extra {extra[:5] or 'none'}")
+        raise UserError(
+            f"the weights are not this model's: missing {missing[:5] or 'none'}, extra {extra[:5] or 'none'}"
+        )
     for name, shape in expected.items():
         if found[name] != shape:
             raise UserError(f"{name} is {found[name]} among the weights, {shape} in the model")

@@ -89,9 +89,14 @@ class DatasetInfo:
             raise UserError(f"{self.path} has no split {name!r}; it has: {', '.join(self.splits)}")
         return self.splits[name]
 
+    @property
+    def tokenizer_path(self) -> Path:
+        """The tokenizer.json that the data was made with."""
+        return self.path / FILE_NAME
+
     def load_tokenizer(self) -> Tokenizer:
         """The tokenizer that the data was made with."""
-        return Tokenizer.load(self.path / FILE_NAME)
+        return Tokenizer.load(self.tokenizer_path)
 
     def index(self, name: str) -> list[dict[str, Any]]:
         """Shards of a split as streaming's index.json describes them."""
@@ -114,5 +119,7 @@ class DatasetInfo:
                 f"{split.dropped_tokens:,} tokens dropped, {split.shards} shards, {split.shard_bytes / 1e6:,.1f} MB"
             )
         if self.skipped_files or self.empty_documents:
-            lines.append(f"  passed over: {self.skipped_files} files that are no text, {self.empty_documents} empty texts")
+            lines.append(
+                f"  passed over: {self.skipped_files} files that are no text, {self.empty_documents} empty texts"
+            )
         return "\n".join(lines)

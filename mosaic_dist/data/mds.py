@@ -25,7 +25,7 @@ def check_compression(compression: str | None) -> None:
     """UserError for a compression that streaming cannot write (it knows `zstd`, `zstd:1` and others)."""
     from streaming.base.compression import get_compressions, is_compression
 
-    if not is_compression(compression):
+    if compression is not None and not is_compression(compression):
         families = sorted({name.partition(":")[0] for name in get_compressions()})
         raise UserError(f"compression {compression!r} is unknown; known: {', '.join(families)}, with a level: zstd:1")
 

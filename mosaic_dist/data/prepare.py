@@ -1,5 +1,6 @@
 """Documents -> tokens -> fixed-length samples in MDS shards, which appear whole under their name or not at all."""
 
+import glob
 import os
 import shutil
 import socket
@@ -53,32 +54,19 @@ def prepare(
     _check_options(output, seq_len, validation_fraction, workers, compression, overwrite)
     aside = _make_aside(output)
     try:
-        packers = {name: Packer(aside / name, seq_len, tokenizer, compression, shard_bytes) for name in (TRAIN, VALIDATION)}
+        names = (TRAIN, VALIDATION) if validation_fraction > 0 else (TRAIN,)
+        packers = {name: Packer(aside / name, seq_len, tokenizer, compression, shard_bytes) for name in names}
         with Progress(documents) as progress:
             for encoded in encode_documents(documents, tokenizer, validation_fraction, workers):
                 packers[encoded.split].add(encoded)
                 progress.add(encoded)
-        moved = validation_fraction > 0 and _fill_validation(packers[TRAIN], packers[VALIDATION])
         options = {
             "validation_fraction": validation_fraction,
-            "validation_from_train": moved,
+            "validation_from_train": _fill_splits(packers),
             "compression": compression,
             "shard_bytes": shard_bytes,
         }
-        names = (TRAIN, VALIDATION) if validation_fraction > 0 else (TRAIN,)
-        info = DatasetInfo(
-            path=aside,
-            seq_len=seq_len,
-            dtype=token_dtype(tokenizer.vocab_size),
-            vocab_size=tokenizer.vocab_size,
-            tokenizer=tokenizer.digest,
-            eos_id=tokenizer.eos_id,
-            splits={name: packers[name].finish() for name in names},
-            options=options,
-            sources=documents.sources if isinstance(documents, Documents) else [],
-            skipped_files=len(documents.skipped) if isinstance(documents, Documents) else 0,
-            empty_documents=documents.empty if isinstance(documents, Documents) else 0,
-        )
+        info = _describe(aside, documents, tokenizer, seq_len, packers, options)
         tokenizer.save(aside)
         (aside / DATASET_NAME).write_text(info.to_json(), encoding="utf-8")
         if output.exists():
@@ -87,6 +75,31 @@ def prepare(
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return DatasetInfo.load(output)
+
+
+def _describe(
+    folder: Path,
+    documents: Iterable[str],
+    tokenizer: Tokenizer,
+    seq_len: int,
+    packers: "dict[str, Packer]",
+    options: dict[str, Any],
+) -> DatasetInfo:
+    """Finish the splits; what dataset.json says of them."""
+    source = documents if isinstance(documents, Documents) else None
+    return DatasetInfo(
+        path=folder,
+        seq_len=seq_len,
+        dtype=token_dtype(tokenizer.vocab_size),
+        vocab_size=tokenizer.vocab_size,
+        tokenizer=tokenizer.digest,
+        eos_id=tokenizer.eos_id,
+        splits={name: packer.finish() for name, packer in packers.items()},
+        options=options,
+        sources=source.sources if source else [],
+        skipped_files=len(source.skipped) if source else 0,
+        empty_documents=source.empty if source else 0,
+    )
 
 
 def _check_options(
@@ -109,7 +122,7 @@ def _make_aside(output: Path) -> Path:
     """A new folder beside the output; what killed runs of this host left of the same output is removed first."""
     output.parent.mkdir(parents=True, exist_ok=True)
     prefix = f"{output.name}.tmp.{socket.gethostname()}."
-    for left in output.parent.glob(f"{glob_escape(prefix)}*"):
+    for left in output.parent.glob(f"{glob.escape(prefix)}*"):
         process = left.name.removeprefix(prefix)
         if process.isdigit() and not Path("/proc", process).exists():
             shutil.rmtree(left, ignore_errors=True)
@@ -126,9 +139,10 @@ class Packer:
 
     def __init__(self, folder: Path, seq_len: int, tokenizer: Tokenizer, compression: str | None, shard_bytes: int):
         self.folder, self.seq_len = folder, seq_len
-        self.samples = self.documents = self.text_bytes = self.dropped_tokens = 0
+        self.samples = self.documents = self.text_bytes = 0
+        self.cut = False  # from the first cut on, the first token of `rest` is the last one of the newest sample
         dtype = token_dtype(tokenizer.vocab_size)
-        self.rest = np.empty(0, dtype)  # from the second sample on, its first token is the last one of `held`
+        self.rest = np.empty(0, dtype)
         self.held: np.ndarray | None = None
         self.writer = mds.open_writer(str(folder), dtype, seq_len + 1, compression, shard_bytes)
 
@@ -141,6 +155,7 @@ class Packer:
         for i in range(whole):
             self.hold(self.rest[i * self.seq_len : (i + 1) * self.seq_len + 1])
         self.rest = self.rest[whole * self.seq_len :]
+        self.cut = self.cut or whole > 0
 
     def hold(self, sample_T: np.ndarray) -> None:
         """Write the sample that was held back and hold this one."""
@@ -172,16 +187,26 @@ class Packer:
             tokens=self.samples * self.seq_len,
             documents=self.documents,
             text_bytes=self.text_bytes,
-            dropped_tokens=len(self.rest) - (self.samples > 0),
+            dropped_tokens=len(self.rest) - self.cut,
             shards=len(index),
             shard_bytes=sum(file["bytes"] for file in files),
             index=checksum(self.folder / mds.INDEX_NAME),
         )
 
 
-def _fill_validation(train: Packer, validation: Packer) -> bool:
-    """See that both splits have a sample; True if validation's had to come from train."""
-    return False
+def _fill_splits(packers: dict[str, Packer]) -> bool:
+    """See that every split has a sample, or raise UserError; True if validation's had to come from train."""
+    train, validation = packers[TRAIN], packers.get(VALIDATION)
+    moved = validation is not None and not validation.samples and train.samples > 1
+    if validation is not None and moved:
+        validation.hold(train.give_last())
+    if not all(packer.samples for packer in packers.values()):
+        counts = " and ".join(f"{packer.samples} of {name}" for name, packer in packers.items())
+        raise UserError(
+            f"{sum(packer.text_bytes for packer in packers.values()):,} bytes of text give {counts} samples of seq_len "
+            f"+ 1 = {train.seq_len + 1} tokens, and each split needs one: give more text or a smaller seq_len"
+        )
+    return moved
 
 
 class Progress:
@@ -196,7 +221,7 @@ class Progress:
         quiet = not sys.stderr.isatty()
         self.bar: Any = tqdm(
             desc="tokenising",
-            total=self.source and self.source.total_bytes,
+            total=self.source.total_bytes if self.source else None,
             unit="B" if self.source else " documents",
             unit_scale=True,
             mininterval=LOG_SECONDS if quiet else 0.2,
@@ -216,6 +241,6 @@ class Progress:
         self.tokens += encoded.tokens.size
         self.documents += encoded.documents
         seconds = max(time.perf_counter() - self.start, 1e-9)
-        rates = f"{self.tokens / seconds:,.0f} tokens/s, {self.documents / seconds:,.0f} documents/s"
-        self.bar.set_postfix_str(rates, refresh=False)
+        documents = f", {self.documents / seconds:,.0f} documents/s" if self.source else ""  # else the bar's own rate
+        self.bar.set_postfix_str(f"{self.tokens / seconds:,.0f} tokens/s{documents}", refresh=False)
         self.bar.update(self.source.done_bytes - self.bar.n if self.source else encoded.documents)

@@ -185,3 +185,17 @@ def hugging_face_documents(name: str, split: str = "train", field: str = "text")
             raise UserError(f"dataset {name!r}, split {split!r}: {type(error).__name__}: {error}") from error
 
     return Documents([f"{name} ({split})"], None, read)
+
+
+def choose_documents(
+    inputs: str | tuple[str, ...] | None, more: Iterable[Any], dataset: str | None, split: str, field: str
+) -> Documents:
+    """Documents as the tools' command lines name them: `--input a,b` with further words, or `--dataset`."""
+    listed = [inputs] if isinstance(inputs, str) and os.path.exists(inputs) else inputs  # a name may hold a comma
+    names = listed.split(",") if isinstance(listed, str) else list(listed or ())
+    names += map(str, more)
+    if (dataset is None) == (not names):
+        raise UserError("give the text either with --input (files, folders, globs) or with --dataset (Hugging Face)")
+    if dataset is not None:
+        return hugging_face_documents(dataset, split, field)
+    return read_documents(names, field)

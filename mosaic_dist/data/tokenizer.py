@@ -130,7 +130,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int, min_frequency: int = 2, max
     UserError where the text is too small for the vocabulary.
     """
     if vocab_size < SMALLEST_VOCABULARY:
-        raise UserError(f"vocab_size ({vocab_size}) must be at least {SMALLEST_VOCABULARY}: 3 special tokens, 256 bytes")
+        raise UserError(
+            f"vocab_size ({vocab_size}) must be at least {SMALLEST_VOCABULARY}: 3 special tokens, 256 bytes"
+        )
     inner = tokenizers.Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()

@@ -11,12 +11,11 @@ from mosaic_dist.model.linear import GroupedLinear
 from mosaic_dist.model.moe import LocalExchange, MixtureOfExperts, MoE
 from mosaic_dist.model.norm import LayerNorm, Norm, RMSNorm
 from mosaic_dist.model.position import Learned, NoPosition, Position
-from mosaic_dist.model.transformer import IGNORE_INDEX, LossParts, Transformer, TransformerModel
+from mosaic_dist.model.transformer import LossParts, Transformer, TransformerModel
 
 __all__ = [
     "FFN",
     "GELU",
-    "IGNORE_INDEX",
     "MHA",
     "Attention",
     "Block",

@@ -41,7 +41,7 @@ class EmbeddingModule(nn.Module):
     def __init__(self, vocab: int, width: int, dim: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab, width))
-        self.up = None if width == dim else Linear(width, dim)
+        self.up = None if width == dim else Linear(width, dim, keeps_scale=True)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """tokens_BT int64 -> x_BTD."""

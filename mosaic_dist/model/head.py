@@ -42,7 +42,7 @@ class TiedHead(nn.Module):
     def __init__(self, dim: int, weight_VC: nn.Parameter):
         super().__init__()
         self.weight = weight_VC
-        self.down = None if weight_VC.shape[1] == dim else Linear(dim, weight_VC.shape[1])
+        self.down = None if weight_VC.shape[1] == dim else Linear(dim, weight_VC.shape[1], keeps_scale=True)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """x_BTD -> logits_BTV."""

@@ -18,7 +18,9 @@ from mosaic_dist.spec import PositiveFloat, Spec
 class Init(Spec, type="gpt2"):
     """Normal with deviation `std`, divided by sqrt(2 * layers) where a layer writes into the residual stream.
 
-    GPT-2 (Radford et al. 2019, section 2.3). Gains start at one, biases at zero.
+    GPT-2 (Radford et al. 2019, section 2.3). Gains start at one, biases at zero. Projections between a factored table
+    and the model keep the scale of what passes them: with `std` on both factors, tokens would start 1/20 as large as
+    positions and stay unread for a long time.
     """
 
     std: PositiveFloat = 0.02
@@ -33,9 +35,15 @@ def initialize(model: nn.Module, init: Init, layers: int, seed: int) -> None:
         for name, parameter in module.named_parameters(recurse=False):
             if parameter not in done:  # a tied table is met twice
                 done.add(parameter)
-                residual = getattr(module, "residual", False) and init.scale_residual
-                std = init.std / math.sqrt(2 * layers) if residual else init.std
+                std = _deviation(module, init, layers)
                 _fill(module, parameter, name, f"{module_name}.{name}", std, seed)
+
+
+def _deviation(module: nn.Module, init: Init, layers: int) -> float:
+    if getattr(module, "keeps_scale", False):
+        return 1 / math.sqrt(module.in_features)  # type: ignore[arg-type]
+    residual = getattr(module, "residual", False) and init.scale_residual
+    return init.std / math.sqrt(2 * layers) if residual else init.std
 
 
 def _fill(module: nn.Module, parameter: Tensor, name: str, full_name: str, std: float, seed: int) -> None:

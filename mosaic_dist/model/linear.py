@@ -8,11 +8,17 @@ from torch.nn import functional
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` that knows whether it writes into the residual stream (its initialisation depends on that)."""
+    """`nn.Linear` that knows how it is to be initialised.
 
-    def __init__(self, inputs: int, outputs: int, *, bias: bool = False, residual: bool = False):
+    `residual`: it writes into the residual stream. `keeps_scale`: its output is to be as large as its input, so its
+    deviation is 1 / sqrt(inputs) whatever the model's.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, *, bias: bool = False, residual: bool = False, keeps_scale: bool = False
+    ):
         super().__init__(inputs, outputs, bias=bias)
-        self.residual = residual
+        self.residual, self.keeps_scale = residual, keeps_scale
 
     def reset_parameters(self) -> None:
         """Leave the values to `init.initialize`, which draws them by parameter name."""

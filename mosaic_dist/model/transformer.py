@@ -14,9 +14,7 @@ from mosaic_dist.model.init import Init, initialize, materialize
 from mosaic_dist.model.norm import Norm, RMSNorm
 from mosaic_dist.model.position import Learned, Position
 from mosaic_dist.spec import Positive, Spec, SpecError
-
-IGNORE_INDEX = -100
-"""Target of a position that is not scored."""
+from mosaic_dist.targets import IGNORE_INDEX
 
 
 class Transformer(Spec):

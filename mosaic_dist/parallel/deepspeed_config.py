@@ -67,7 +67,7 @@ def read_config(path: str | None) -> dict[str, Any]:
         if key not in OWN_KEYS + RUN_KEYS:
             raise UserError(f"{path}: unknown DeepSpeed key {key!r}; {nearest(key, OWN_KEYS + RUN_KEYS)}")
     if not isinstance(config.get("zero_optimization", {}), dict):
-        raise UserError(f"{path}: zero_optimization must be an object such as {{\"stage\": 2}}")
+        raise UserError(f'{path}: zero_optimization must be an object such as {{"stage": 2}}')
     if zero_stage(config) not in (0, 1, 2, 3):
         raise UserError(f"{path}: zero_optimization.stage is {zero_stage(config)!r}; it must be 0, 1, 2 or 3")
     return config
@@ -125,7 +125,7 @@ def fill_config(
     }
     for key, value in run_values.items():
         if config.get(key, "auto") not in ("auto", value):
-            raise UserError(f"{key} is {config[key]} in the DeepSpeed config, but the run says {value}; write \"auto\"")
+            raise UserError(f'{key} is {config[key]} in the DeepSpeed config, but the run says {value}; write "auto"')
     for key in ("optimizer", "scheduler"):
         if config.get(key, "auto") != "auto":
             raise UserError(f"the DeepSpeed config has a section {key!r}; it is the recipe that decides it: remove it")

@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mosaic_dist.model import IGNORE_INDEX, LossParts, Transformer, initialize, materialize
+from mosaic_dist.model import LossParts, Transformer, initialize, materialize
 from mosaic_dist.optim import Optimizer, parameter_groups
 from mosaic_dist.parallel.exchange import place_experts
 from mosaic_dist.parallel.world import World
+from mosaic_dist.targets import IGNORE_INDEX
 
 
 @dataclasses.dataclass

@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 
-from mosaic_dist.checkpoint import Checkpoint, CheckpointError, prune, steps
+from mosaic_dist.checkpoint import Checkpoint, CheckpointError, candidates, prune
 from mosaic_dist.checkpoint.engine_state import load_engine, save_engine
-from mosaic_dist.data.stream import DatasetInfo, Loader, validation_batches
+from mosaic_dist.data.dataset import DatasetInfo
+from mosaic_dist.data.stream import Loader, ValidationBatches
 from mosaic_dist.model import Counts, flops_per_token
 from mosaic_dist.parallel import Engine, StepResult, World, gather_problems, on_main
 from mosaic_dist.run_spec import Run
@@ -49,8 +50,11 @@ def train_run(
         "peak_source": peak_source,
     }
     on_main(world, lambda: folder.describe(run, config, facts, info.tokenizer_path))
-    say(world, f"{run.name}: {counts.total:,} parameters ({counts.active:,} active), {world.size} ranks, expert parallel "
-        f"{degree}, ZeRO {engine.zero_stage}; steps {trainer.progress.step} to {until_step} of {run.steps} in {folder.path}")
+    say(
+        world,
+        f"{run.name}: {counts.total:,} parameters ({counts.active:,} active), {world.size} ranks, expert parallel "
+        f"{degree}, ZeRO {engine.zero_stage}; steps {trainer.progress.step} to {until_step} of {run.steps} in {folder.path}",
+    )
     if trainer.progress.step >= until_step:
         say(world, "nothing to do: the run is already there")
         return trainer
@@ -70,7 +74,6 @@ def begin(run: Run, info: DatasetInfo, engine: Engine, checkpoint: Checkpoint | 
     loader = Loader(
         run.data,
         info,
-        split=run.data.split,
         seq_len=run.seq_len,
         global_batch=run.batch_sequences,
         rank=engine.world.rank,
@@ -84,11 +87,19 @@ def begin(run: Run, info: DatasetInfo, engine: Engine, checkpoint: Checkpoint | 
 def make_hooks(trainer: Trainer, folder: RunFolder, info: DatasetInfo, speed: Speed, until_step: int) -> list[Hook]:
     """What happens after each step, in this order. The main process alone reports."""
     run, world, step = trainer.run, trainer.engine.world, trainer.progress.step
-    batches = validation_batches(
-        run.data, info, seq_len=run.seq_len, batch=run.micro_batch, rank=world.rank, world_size=world.size,
-        limit=run.validation_samples,
-    ) if run.validate_every_steps else []
-    validation = Validation(batches, run.validate_every_steps)
+    held_out = None
+    if run.validate_every_steps:
+        limit = run.validation_samples or None
+        held_out = ValidationBatches(
+            run.data,
+            info,
+            batch=run.micro_batch,
+            rank=world.rank,
+            world_size=world.size,
+            seq_len=run.seq_len,
+            limit=limit,
+        )
+    validation = Validation(held_out, run.validate_every_steps)
     hooks: list[Hook] = [NonfiniteGuard(run.nonfinite), validation]
     if world.is_main:
         hooks.append(Metrics(folder, run, step, validation, make_trackers(run, folder.path), speed))
@@ -120,11 +131,11 @@ def newest_good(folder: RunFolder, world: World) -> Checkpoint | None:
 
     One that is damaged is named and passed over. If all are, CheckpointError: a run never starts from zero in silence.
     """
-    found = on_main(world, lambda: steps(folder.checkpoints))
-    for step in reversed(found):
+    found = on_main(world, lambda: candidates(folder.checkpoints))
+    for path in reversed(found.values()):
         checkpoint, problem = None, None
         try:
-            checkpoint = Checkpoint.open(folder.checkpoints / f"step_{step:08d}")
+            checkpoint = Checkpoint.open(path)
             checkpoint.verify(world.rank, world.size)
         except CheckpointError as error:
             problem = str(error)

@@ -2,11 +2,11 @@
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from mosaic_dist.data.stream import Loader
+from mosaic_dist.data.stream import Loader, ValidationBatches
 from mosaic_dist.errors import UserError
 from mosaic_dist.parallel import Engine, StepResult
 from mosaic_dist.run_spec import Run
@@ -94,7 +94,7 @@ class NonfiniteGuard:
 class Validation:
     """Measures the loss on held-out data every so many steps, and at the end."""
 
-    def __init__(self, batches: Iterable[tuple], every_steps: int):  # type: ignore[type-arg]
+    def __init__(self, batches: ValidationBatches | None, every_steps: int):
         self.batches, self.every_steps = batches, every_steps
         self.loss: float | None = None
         """Of the step that was just done; None where it was not measured."""
@@ -102,5 +102,5 @@ class Validation:
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """Evaluate when due."""
         self.loss = None
-        if due(trainer.progress.step, self.every_steps, trainer.run.steps):
-            self.loss = trainer.engine.evaluate(self.batches)
+        if self.batches is not None and due(trainer.progress.step, self.every_steps, trainer.run.steps):
+            self.loss = trainer.engine.evaluate((batch.inputs_BT, batch.targets_BT) for batch in self.batches)

@@ -3,6 +3,7 @@
 import pickle
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -99,7 +100,7 @@ class Trap:
     def __init__(self, path: Path):
         self.path = str(path)
 
-    def __reduce__(self):
+    def __reduce__(self) -> Any:
         return (open, (self.path, "w"))
 
 

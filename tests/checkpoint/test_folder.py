@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mosaic_dist.checkpoint import Checkpoint, CheckpointError, CheckpointPolicy, newest, prune, steps
+from mosaic_dist.checkpoint import Checkpoint, CheckpointError, CheckpointPolicy, candidates, newest, prune, steps
 from mosaic_dist.spec import SpecError
 from tests.checkpoint.samples import random_tensors, same_bits, save_small
 
@@ -49,7 +49,8 @@ def test_all_broken_is_an_error_and_not_a_fresh_start(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no whole checkpoint in .*step_00000002.*step_00000001"):
         newest(tmp_path)
     assert prune(tmp_path, 1) == []
-    assert len(list(tmp_path.iterdir())) == 2
+    assert steps(tmp_path) == []
+    assert candidates(tmp_path) == {step: tmp_path / f"step_{step:08d}" for step in (1, 2)}
 
 
 def test_a_folder_under_the_name_of_another_step_is_broken(tmp_path: Path) -> None:
@@ -72,6 +73,7 @@ def test_leftovers_of_a_crash_are_ignored_and_swept(tmp_path: Path) -> None:
 def test_a_retired_checkpoint_counts_until_its_name_is_taken(tmp_path: Path) -> None:
     (save_small(tmp_path, 5)).rename(tmp_path / ".step_00000005.retired")
     assert steps(tmp_path) == [5]
+    assert candidates(tmp_path) == {5: tmp_path / ".step_00000005.retired"}
     assert content_seed(newest(tmp_path)) == 5
     save_small(tmp_path, 6)
     assert {path.name for path in tmp_path.iterdir()} == {"step_00000005", "step_00000006"}

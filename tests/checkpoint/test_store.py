@@ -48,6 +48,8 @@ def test_every_dtype_and_strided_data(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(save(tmp_path, 0, pieces, shapes, {}, {}))
     for piece in pieces:
         assert same_bits(checkpoint.read(piece.tensor, "master", 0, 6), piece.data.detach().contiguous())
+        ((_, _, _, offset_bytes, _),) = checkpoint.manifest["tensors"][piece.tensor]["kinds"]["master"]["blocks"]
+        assert offset_bytes % piece.data.element_size() == 0
 
 
 def test_state_and_rank_state(tmp_path: Path) -> None:
@@ -135,7 +137,7 @@ def test_a_failed_write_leaves_only_the_older(tmp_path: Path, monkeypatch: pytes
                     CheckpointError, match=f"step_0000000{step} was not saved: rank 0: OSError.*No space"
                 ):
                     save_small(tmp_path, step, seed=9)
-        assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+                assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
     assert sorted(path.read_bytes() for path in (tmp_path / "step_00000001").iterdir()) == before
 
 

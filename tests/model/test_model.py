@@ -8,7 +8,6 @@ from torch.nn import functional
 
 from mosaic_dist.model import (
     GELU,
-    IGNORE_INDEX,
     MHA,
     Block,
     Factored,
@@ -26,6 +25,7 @@ from mosaic_dist.model import (
 from mosaic_dist.model.linear import GroupedLinear
 from mosaic_dist.model.moe.router import switch_balance_loss
 from mosaic_dist.spec import override
+from mosaic_dist.targets import IGNORE_INDEX
 
 SMALL = Transformer(
     vocab=37,
@@ -86,7 +86,9 @@ def test_no_token_sees_the_future():
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 def test_mixture_is_the_loop_over_tokens(top_k, normalize):
-    spec = MoE(expert=SwiGLU(width=32), split=4, experts=4, top_k=top_k, normalize_weights=normalize, balance_weight=0.5)
+    spec = MoE(
+        expert=SwiGLU(width=32), split=4, experts=4, top_k=top_k, normalize_weights=normalize, balance_weight=0.5
+    )
     layer = spec.build(16)
     assert isinstance(layer, MixtureOfExperts)
     for parameter in layer.parameters():
@@ -204,13 +206,17 @@ def test_counts_are_those_of_the_module():
 
 def test_gpt2_has_its_published_size():
     block = Block(attention=MHA(heads=12, bias=True), ffn=GELU(width=3072))
-    gpt2 = Transformer(vocab=50257, dim=768, context=1024, embedding=Table(), head=Tied(), norm="layernorm", blocks=12 * (block,))
+    gpt2 = Transformer(
+        vocab=50257, dim=768, context=1024, embedding=Table(), head=Tied(), norm="layernorm", blocks=12 * (block,)
+    )
     biases = 12 * (3072 + 768)  # GPT-2's feed-forward layers have them
     assert count_parameters(gpt2).total + biases == 124_439_808
 
 
 def test_flops_count_matrices_and_half_of_the_attention():
-    dense = Transformer(vocab=10, dim=8, context=4, head=Untied(), blocks=(Block(attention=MHA(heads=2), ffn=SwiGLU(width=16)),))
+    dense = Transformer(
+        vocab=10, dim=8, context=4, head=Untied(), blocks=(Block(attention=MHA(heads=2), ffn=SwiGLU(width=16)),)
+    )
     matrices = 4 * 8 * 8 + 3 * 8 * 16 + 8 * 10
     norms = 3 * 8
     assert flops_per_token(dense, 4) == 6 * (matrices + norms) + 6 * 4 * 8

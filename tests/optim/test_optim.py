@@ -44,7 +44,12 @@ def test_tables_gains_and_biases_do_not_decay():
         "embedding.weight",
         "position.weight",
         *(f"blocks.0.attention.{part}.bias" for part in ("query", "key", "value", "output")),
-        *(f"blocks.{i}.{norm}.{part}" for i in (0, 1) for norm in ("attention_norm", "ffn_norm") for part in ("weight", "bias")),
+        *(
+            f"blocks.{i}.{norm}.{part}"
+            for i in (0, 1)
+            for norm in ("attention_norm", "ffn_norm")
+            for part in ("weight", "bias")
+        ),
         "norm.weight",
         "norm.bias",
     }
@@ -52,7 +57,9 @@ def test_tables_gains_and_biases_do_not_decay():
 
 
 def test_an_untied_head_decays():
-    spec = Transformer(vocab=16, dim=8, context=4, head=Untied(), blocks=(Block(attention=MHA(heads=2), ffn=GELU(width=8)),))
+    spec = Transformer(
+        vocab=16, dim=8, context=4, head=Untied(), blocks=(Block(attention=MHA(heads=2), ffn=GELU(width=8)),)
+    )
     model = spec.build_initialized(0)
     decay = parameter_groups(model, 0.1)[0]
     assert any(parameter is model.head.weight for parameter in decay["params"])

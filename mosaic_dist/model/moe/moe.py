@@ -47,7 +47,9 @@ class MixtureOfExperts(nn.Module):
         self.spec = spec
         self.router = Router(dim, spec.experts, spec.top_k, spec.normalize_weights)
         self.exchange: nn.Module = LocalExchange()
-        self.experts = spec.expert.build_with(dim, spec.expert.width // spec.split, partial(GroupedLinear, spec.experts))
+        self.experts = spec.expert.build_with(
+            dim, spec.expert.width // spec.split, partial(GroupedLinear, spec.experts)
+        )
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Extras]:
         """x_BTD -> ([B, T, D], {balance_loss: scalar, expert_load: [E] int64 choices per expert})."""

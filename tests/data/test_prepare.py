@@ -1,0 +1,195 @@
+import filecmp
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+
+from mosaic_dist.data.dataset import DatasetInfo
+from mosaic_dist.data.encode import split_of
+from mosaic_dist.data.prepare import prepare
+from mosaic_dist.data.shards import Shards
+from mosaic_dist.data.tokenizer import Tokenizer
+from mosaic_dist.errors import UserError
+from tests.data.conftest import SEQ_LEN, assert_gone, children, make_documents
+
+
+def read_split(info: DatasetInfo, split: str) -> np.ndarray:
+    shards = Shards(info, split)
+    return shards.read(np.arange(len(shards)))
+
+
+def same_files(a: Path, b: Path) -> bool:
+    names = sorted(str(path.relative_to(a)) for path in a.rglob("*") if path.is_file())
+    assert names == sorted(str(path.relative_to(b)) for path in b.rglob("*") if path.is_file())
+    return filecmp.cmpfiles(a, b, names, shallow=False)[0] == names
+
+
+def test_packing_is_what_a_simple_loop_gives(dataset, documents, tokenizer):
+    for split in ("train", "validation"):
+        stream = []
+        mine = [text for text in documents if split_of(text.encode(), 0.2) == split]
+        for text in mine:
+            stream += [*tokenizer.encode(text), tokenizer.eos_id]
+        expected, at = [], 0
+        while at + SEQ_LEN + 1 <= len(stream):
+            expected.append(stream[at : at + SEQ_LEN + 1])
+            at += SEQ_LEN
+        info = dataset.splits[split]
+        assert read_split(dataset, split).tolist() == expected
+        assert info.documents == len(mine)
+        assert info.tokens + info.dropped_tokens == len(stream) - 1  # the first token is never a target
+        assert info.shards > 1
+
+
+def test_text_comes_back(dataset, documents, tokenizer):
+    samples = read_split(dataset, "train")
+    stream = [*samples[:, :-1].ravel(), samples[-1, -1]]
+    texts, begin = [], 0
+    for at, token in enumerate(stream):
+        if token == tokenizer.eos_id:
+            texts.append(tokenizer.decode(stream[begin:at]))
+            begin = at + 1
+    assert texts == [text for text in documents if split_of(text.encode(), 0.2) == "train"][: len(texts)]
+    assert len(texts) > 200
+
+
+def test_bytes_do_not_depend_on_workers(documents, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("mosaic_dist.data.encode.BATCH_BYTES", 1000)  # many batches
+    prepare(documents, tokenizer, tmp_path / "one", SEQ_LEN, workers=1)
+    prepare(documents, tokenizer, tmp_path / "two", SEQ_LEN, workers=2)
+    assert same_files(tmp_path / "one", tmp_path / "two")
+
+
+def test_splits_are_stable(documents):
+    before = {text: split_of(text.encode(), 0.2) for text in documents}
+    share = sum(split == "validation" for split in before.values()) / len(before)
+    assert 0.1 < share < 0.3
+    larger = {text: split_of(text.encode(), 0.3) for text in documents}
+    assert all(larger[text] == "validation" for text in documents if before[text] == "validation")
+
+
+def test_tiny_corpus_has_a_validation_sample(tokenizer, tmp_path):
+    texts = make_documents(4)
+    whole = prepare(texts, tokenizer, tmp_path / "whole", SEQ_LEN, validation_fraction=0.0, workers=1)
+    assert list(whole.splits) == ["train"]
+    info = prepare(texts, tokenizer, tmp_path / "tiny", SEQ_LEN, validation_fraction=1e-9, workers=1)
+    assert info.options["validation_from_train"]
+    together = np.concatenate([read_split(info, "train"), read_split(info, "validation")])
+    assert (together == read_split(whole, "train")).all()
+    assert info.splits["train"].dropped_tokens == whole.splits["train"].dropped_tokens
+    with pytest.raises(UserError, match=r"1 bytes of text give 0 of train and 0 of validation samples"):
+        prepare(["x"], tokenizer, tmp_path / "none", SEQ_LEN, workers=1)
+    assert not list(tmp_path.glob("none*"))
+
+
+def test_compressed_dataset_reads_the_same(documents, tokenizer, dataset, tmp_path):
+    info = prepare(
+        documents, tokenizer, tmp_path / "set", SEQ_LEN, validation_fraction=0.2, workers=1, compression="zstd:1"
+    )
+    assert not list((tmp_path / "set").rglob("*.mds"))
+    assert (read_split(info, "train") == read_split(dataset, "train")).all()
+    raw = next((tmp_path / "set" / "train").glob("*.mds"))
+    raw.write_bytes(raw.read_bytes()[:-1] + b"\xff")  # a damaged inflated shard is made again
+    assert (read_split(info, "train") == read_split(dataset, "train")).all()
+
+
+def test_large_vocabulary_takes_uint32(tmp_path):
+    words = {"[UNK]": 0, "high": 70_000}  # ids need not be dense
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    inner.add_special_tokens(["</s>"])
+    info = prepare(
+        ["high " * 40], Tokenizer(inner.to_str()), tmp_path / "set", SEQ_LEN, validation_fraction=0.0, workers=1
+    )
+    assert (info.dtype, info.vocab_size) == ("uint32", 70_001)
+    assert (read_split(info, "train") == 70_000).all()
+
+
+def test_existing_output(documents, tokenizer, tmp_path):
+    output = tmp_path / "set"
+    prepare(documents, tokenizer, output, SEQ_LEN, workers=1)
+    with pytest.raises(UserError, match="exists already"):
+        prepare(documents, tokenizer, output, SEQ_LEN, workers=1)
+
+    def fails():
+        yield from documents
+        raise UserError("broken source")
+
+    with pytest.raises(UserError, match="broken source"):
+        prepare(fails(), tokenizer, output, SEQ_LEN, workers=1, overwrite=True)
+    assert DatasetInfo.load(output).seq_len == SEQ_LEN
+    assert prepare(documents, tokenizer, output, 8, workers=1, overwrite=True).seq_len == 8
+    (tmp_path / "precious").mkdir()
+    with pytest.raises(UserError, match="is no dataset"):
+        prepare(documents, tokenizer, tmp_path / "precious", SEQ_LEN, workers=1, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["precious", "set"]
+
+
+def test_bad_options(documents, tokenizer, tmp_path):
+    for options, message in (
+        ({"seq_len": 0}, "seq_len"),
+        ({"validation_fraction": 1.0}, "validation_fraction"),
+        ({"workers": 0}, "workers"),
+        ({"compression": "rar"}, "compression 'rar' is unknown; known: .*zstd"),
+    ):
+        with pytest.raises(UserError, match=message):
+            prepare(documents, tokenizer, tmp_path / "set", **({"seq_len": SEQ_LEN} | options))
+
+
+def test_a_workers_failure_ends_everything(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("mosaic_dist.data.encode.BATCH_BYTES", 1000)
+    endless = (text for i in range(10**9) for text in ("x" * 100, "\ud800" if i == 30 else "y"))
+    with pytest.raises(TypeError):  # the sources refuse half a surrogate pair; this one got by them
+        prepare(endless, tokenizer, tmp_path / "set", SEQ_LEN, workers=2)
+
+    def killer():
+        for i in range(10**9):
+            if i == 1000:
+                multiprocessing.active_children()[0].kill()
+            yield "x" * 100
+
+    with pytest.raises(UserError, match="a tokenising worker was killed"):
+        prepare(killer(), tokenizer, tmp_path / "set", SEQ_LEN, workers=2)
+    assert not list(tmp_path.iterdir())
+
+
+KILLED = """
+import sys
+from mosaic_dist.data.prepare import prepare
+from mosaic_dist.data.tokenizer import Tokenizer
+
+def endless():
+    for i in range(10**9):
+        if i == 3000:
+            print("under way", flush=True)
+        yield f"document {i} " * 100
+
+if __name__ == "__main__":
+    prepare(endless(), Tokenizer.load(sys.argv[1]), sys.argv[2], 64, workers=2)
+"""
+
+
+def test_kill_leaves_nothing_visible(documents, tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    output = tmp_path / "out" / "set"
+    command = [sys.executable, str(script), str(tmp_path), str(output)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "under way\n"
+        workers = children(process.pid)
+        process.send_signal(signal.SIGKILL)
+    assert len(workers) >= 2
+    assert_gone(workers)
+    assert not output.exists()
+    assert len(list(output.parent.iterdir())) == 1
+    prepare(documents, tokenizer, output, SEQ_LEN, workers=1)  # also clears what the kill left
+    assert [path.name for path in output.parent.iterdir()] == ["set"]
