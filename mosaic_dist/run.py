@@ -32,7 +32,7 @@ from mosaic_dist.parallel import (
     size_from_environment,
 )
 from mosaic_dist.run_spec import Run
-from mosaic_dist.spec import Positive, SpecError, leaves, override
+from mosaic_dist.spec import Positive, at, leaves, override
 from mosaic_dist.train.session import train_run
 
 
@@ -52,7 +52,7 @@ class Resolved:
 
 def resolve(run: Run, ds_config: str | None, world_size: int, local_size: int) -> Resolved:
     """Settle what the cluster decides. Raises UserError for what does not fit; nothing has started yet."""
-    with _at("model"):
+    with at("model"):
         counts = count_parameters(run.model)
     experts = _expert_counts(run.model)
     raw = read_config(ds_config)
@@ -89,15 +89,6 @@ def check_data(run: Run) -> DatasetInfo:
 def _expert_counts(model: Transformer) -> list[int]:
     with torch.device("meta"):
         return expert_counts(model.build())
-
-
-@contextlib.contextmanager
-def _at(path: str) -> Iterator[None]:
-    """Errors of specs inside are told with their path from the run."""
-    try:
-        yield
-    except SpecError as error:
-        raise error.under(path) from None
 
 
 def describe(resolved: Resolved) -> str:
@@ -142,9 +133,9 @@ def main(run: Run) -> None:
 def main_from_yaml() -> None:
     """The command line of a run written as YAML (`--config FILE`), with the flags of every recipe besides."""
     words = sys.argv[1:]
-    at = next((i for i, word in enumerate(words) if word.partition("=")[0] == "--config"), None)
-    given = None if at is None else words[at].partition("=")[2] or (words[at + 1 :] or [None])[0]
-    if at is None or given is None:
+    place = next((i for i, word in enumerate(words) if word.partition("=")[0] == "--config"), None)
+    given = "" if place is None else words[place].partition("=")[2] or (words[place + 1 :] or [""])[0]
+    if place is None or not given:
         fail(UserError("--config FILE is needed: a run as YAML, such as a run folder's run.yaml"), _is_first_of_node())
     try:
         run = Run.from_yaml(Path(given).read_text())
@@ -152,7 +143,7 @@ def main_from_yaml() -> None:
         fail(UserError(f"cannot read {given}: {error.strerror}"), _is_first_of_node())
     except UserError as error:
         fail(UserError(f"{given}: {error}"), _is_first_of_node())
-    del sys.argv[1 + at : 1 + at + (1 if "=" in words[at] else 2)]
+    del sys.argv[1 + place : 1 + place + (1 if "=" in words[place] else 2)]
     main(run)
 
 

@@ -81,9 +81,9 @@ class Run(Spec):
         if self.batch_sequences % per_round:
             raise SpecError(
                 "batch_tokens",
-                f"{self.batch_tokens} tokens are {self.batch_sequences} sequences of {self.seq_len}, which {world_size} "
-                f"ranks cannot take in micro-batches of {self.micro_batch} ({per_round} at a time); change batch_tokens, "
-                "micro_batch or the number of ranks",
+                f"{self.batch_tokens} tokens are {self.batch_sequences} sequences of {self.seq_len}; {world_size} "
+                f"ranks take micro-batches of {self.micro_batch}, that is {per_round} sequences at a time, which "
+                "does not divide them; change batch_tokens, micro_batch or the number of ranks",
             )
         return self.batch_sequences // per_round
 

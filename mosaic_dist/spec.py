@@ -11,9 +11,9 @@ and its values are checked when it is made, so a spec that exists is well-formed
 `check()`. Everything that is wrong is told as a `SpecError` with the dotted path of the field.
 """
 
+import contextlib
 import dataclasses
 import difflib
-import functools
 import math
 import re
 import types
@@ -36,6 +36,15 @@ class SpecError(UserError):
     def under(self, prefix: str) -> "SpecError":
         """The same error seen from the parent that holds the spec at `prefix`."""
         return SpecError(join(prefix, self.path), self.reason)
+
+
+@contextlib.contextmanager
+def at(path: str) -> Iterator[None]:
+    """Spec errors raised inside are told with their path below `path`."""
+    try:
+        yield
+    except SpecError as error:
+        raise error.under(path) from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,11 +114,15 @@ class Spec:
 S = TypeVar("S", bound=Spec)
 
 
-@functools.cache
+_FIELDS: dict[type[Spec], dict[str, Any]] = {}
+
+
 def fields(cls: type[Spec]) -> dict[str, Any]:
     """Field names and resolved annotations (with `Annotated` bounds) of a spec class, in order."""
-    hints = typing.get_type_hints(cls, include_extras=True)
-    return {field.name: hints[field.name] for field in dataclasses.fields(typing.cast(Any, cls))}
+    if cls not in _FIELDS:
+        hints = typing.get_type_hints(cls, include_extras=True)
+        _FIELDS[cls] = {field.name: hints[field.name] for field in dataclasses.fields(typing.cast(Any, cls))}
+    return _FIELDS[cls]
 
 
 def kinds(family: type[Spec]) -> dict[str, type[Spec]]:
@@ -219,10 +232,8 @@ def _parse_spec(family: type[Spec], value: Any, path: str) -> Spec:
         if required and field.name not in given:
             raise SpecError(join(path, field.name), f"{_name(cls)} needs a value here")
     typed = {key: parse(known[key], item, join(path, key)) for key, item in given.items()}
-    try:
+    with at(path):
         return cls(**typed)
-    except SpecError as error:
-        raise error.under(path) from None
 
 
 def kind_of(family: type[Spec], data: Mapping[str, Any], path: str) -> type[Spec]:

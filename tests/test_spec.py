@@ -142,7 +142,7 @@ def test_override_checks_after_all_changes():
     ],
 )
 def test_wrong_overrides_are_refused(path, value, says):
-    with pytest.raises(SpecError, match=".*") as caught:
+    with pytest.raises(SpecError) as caught:
         override(MODEL, {path: value})
     assert says in str(caught.value)
 

@@ -6,7 +6,7 @@ from torch.nn import functional
 from mosaic_dist.model.attention import Attention
 from mosaic_dist.model.ffn import FFN, Extras
 from mosaic_dist.model.norm import Norm
-from mosaic_dist.spec import Fraction, Spec, SpecError
+from mosaic_dist.spec import Fraction, Spec, at
 
 
 class Block(Spec, type="prenorm"):
@@ -18,13 +18,11 @@ class Block(Spec, type="prenorm"):
 
     def build(self, dim: int, norm: Norm) -> "PreNormBlock":
         """The block's module. A part that does not fit the width is refused with its path."""
-        parts = []
-        for name, spec in (("attention", self.attention), ("ffn", self.ffn)):
-            try:
-                parts.append(spec.build(dim))
-            except SpecError as error:
-                raise error.under(name) from None
-        return PreNormBlock(*parts, norm.build(dim), norm.build(dim), self.dropout)
+        with at("attention"):
+            attention = self.attention.build(dim)
+        with at("ffn"):
+            ffn = self.ffn.build(dim)
+        return PreNormBlock(attention, ffn, norm.build(dim), norm.build(dim), self.dropout)
 
 
 class PreNormBlock(nn.Module):

@@ -13,7 +13,7 @@ from mosaic_dist.model.head import Head, Tied
 from mosaic_dist.model.init import Init, initialize, materialize
 from mosaic_dist.model.norm import Norm, RMSNorm
 from mosaic_dist.model.position import Learned, Position
-from mosaic_dist.spec import Positive, Spec, SpecError
+from mosaic_dist.spec import Positive, Spec, SpecError, at
 from mosaic_dist.targets import IGNORE_INDEX
 
 
@@ -69,10 +69,8 @@ class TransformerModel(nn.Module):
         self.position = spec.position.build(spec.dim, spec.context)
         self.blocks = nn.ModuleList()
         for i, block in enumerate(spec.blocks):
-            try:
+            with at(f"blocks[{i}]"):
                 self.blocks.append(block.build(spec.dim, spec.norm))
-            except SpecError as error:
-                raise error.under(f"blocks[{i}]") from None
         self.norm = spec.norm.build(spec.dim)
         self.head = spec.head.build(spec.vocab, spec.dim, self.embedding)
 

@@ -80,7 +80,8 @@ def zero_stage(config: dict[str, Any]) -> int:
 
 def resolve_precision(asked: Precision, config: dict[str, Any]) -> Literal["fp32", "bf16", "fp16"]:
     """The precision of a run: what recipe and file say, else bf16 or fp16 by what the GPU can do, fp32 on CPU."""
-    filed = {key: config.get(key, {}).get("enabled", "auto") for key in ("bf16", "fp16")}
+    names: tuple[Literal["bf16", "fp16"], ...] = ("bf16", "fp16")
+    filed = {key: config.get(key, {}).get("enabled", "auto") for key in names}
     said = [key for key, value in filed.items() if value is True]
     if len(said) == 2:
         raise UserError("the DeepSpeed config enables bf16 and fp16; one of them at most can be true")
@@ -88,6 +89,7 @@ def resolve_precision(asked: Precision, config: dict[str, Any]) -> Literal["fp32
         conflict = value != "auto" and asked != "auto" and value != (asked == key)
         if conflict:
             raise UserError(f"{key}.enabled is {value} in the DeepSpeed config, but the run's precision is {asked!r}")
+    chosen: Literal["fp32", "bf16", "fp16"]
     if asked != "auto":
         chosen = asked
     elif said:
@@ -95,7 +97,8 @@ def resolve_precision(asked: Precision, config: dict[str, Any]) -> Literal["fp32
     elif not torch.cuda.is_available():
         chosen = "fp32"
     else:
-        natural = "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"  # a T4 emulates bf16, slowly
+        has_bf16 = torch.cuda.get_device_capability() >= (8, 0)  # older ones, as the T4, emulate it slowly
+        natural: Literal["bf16", "fp16"] = "bf16" if has_bf16 else "fp16"
         chosen = natural if filed[natural] == "auto" else "fp32"
     if chosen != "fp32" and zero_stage(config) == 0:
         raise UserError(

@@ -101,14 +101,21 @@ class Engine:
             group["lr"] = learning_rate
         if self.zero_stage == 0:
             grad_norm = self._clip_replicated()
-            if not math.isfinite(grad_norm):
-                for parameter in self.model.parameters():
-                    parameter.grad = None
-                return grad_norm, True  # on every rank: the norm is a global one
+            if not math.isfinite(grad_norm):  # on every rank: the norm is a global one
+                self._pass_over()
+                return grad_norm, True
             self.deepspeed.step()
             return grad_norm, False
         self.deepspeed.step()
         return float(self.deepspeed.get_global_grad_norm()), bool(self.deepspeed.optimizer.overflow)
+
+    def _pass_over(self) -> None:
+        """Without ZeRO: drop the gradients and count the step, as DeepSpeed does by itself with ZeRO."""
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        self.deepspeed.micro_steps += 1
+        self.deepspeed.global_steps += 1
+        self.deepspeed.skipped_steps += 1
 
     def _clip_replicated(self) -> float:
         """Global gradient norm without ZeRO, and clipping by it.
@@ -132,10 +139,8 @@ class Engine:
 
     def _summarize(self, parts: list[LossParts], scored: Tensor, grad_norm: float, skipped: bool) -> StepResult:
         """Add the losses of all micro-batches and ranks up."""
-        sums = torch.stack([sum(p.cross_entropy_sum for p in parts), sum(p.auxiliary for p in parts)]).double()  # type: ignore[list-item, arg-type]
-        load = sum(p.expert_load for p in parts)
-        assert isinstance(load, Tensor)
-        load = load.clone()
+        sums = torch.stack([torch.stack([p.cross_entropy_sum, p.auxiliary]) for p in parts]).double().sum(0)
+        load = torch.stack([p.expert_load for p in parts]).sum(0)
         dist.all_reduce(sums)
         if load.numel():
             dist.all_reduce(load)

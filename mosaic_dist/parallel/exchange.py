@@ -28,7 +28,7 @@ class AllToAll(torch.autograd.Function):
         return out_RD
 
     @staticmethod
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None, None]:
         """The reverse."""
         out_RD = grad_RD.new_empty(sum(ctx.send), grad_RD.shape[1])
         dist.all_to_all_single(out_RD, grad_RD.contiguous(), ctx.send, ctx.receive, group=ctx.group)

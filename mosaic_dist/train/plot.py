@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402 - the backend must be chosen first
+from matplotlib import pyplot
 
 EMA_HALF_LIFE_SHARE = 0.02
 """Half-life of the smoothed curve, as a share of the steps shown."""

@@ -1,9 +1,9 @@
 """Hooks that tell how a run goes: metrics, progress, trackers, plot. They act on the main process only."""
 
-import logging
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,8 +19,6 @@ from mosaic_dist.train.trainer import Trainer, Validation, due
 
 PLAIN_LINE_SECONDS = 10.0
 """Interval of progress lines where stderr is no terminal."""
-
-log = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
@@ -123,7 +121,7 @@ class LossPlot:
 
 def make_trackers(run: Run, folder: Path) -> list[Tracker]:
     """The trackers that a run asks for. UserError where a package is missing."""
-    makers = {"wandb": WandbTracker, "tensorboard": TensorboardTracker}
+    makers: dict[str, Callable[[Run, Path], Tracker]] = {"wandb": WandbTracker, "tensorboard": TensorboardTracker}
     return [makers[name](run, folder) for name in run.logging.trackers]
 
 

@@ -34,12 +34,12 @@ def train_run(
     """
     folder = RunFolder(output)
     on_main(world, lambda: folder.claim(run))
+    peak, peak_source = peak_flops_per_second(world.device)
     torch.manual_seed(run.seed + world.rank)
     engine = Engine(run.model, run.optimizer, config, degree, run.seed, world)
     checkpoint = newest_good(folder, world)
     trainer = begin(run, info, engine, checkpoint)
     until_step = min(run.steps, stop_at_step or run.steps)
-    peak, peak_source = peak_flops_per_second(world.device)
     facts = {
         "world_size": world.size,
         "expert_parallel": degree,
@@ -53,7 +53,8 @@ def train_run(
     say(
         world,
         f"{run.name}: {counts.total:,} parameters ({counts.active:,} active), {world.size} ranks, expert parallel "
-        f"{degree}, ZeRO {engine.zero_stage}; steps {trainer.progress.step} to {until_step} of {run.steps} in {folder.path}",
+        f"{degree}, ZeRO {engine.zero_stage}; steps {trainer.progress.step} to {until_step} of {run.steps} in "
+        f"{folder.path}",
     )
     if trainer.progress.step >= until_step:
         say(world, "nothing to do: the run is already there")

@@ -1,4 +1,4 @@
-"""Ranks of test_equality: train the tiny model under every ZeRO stage and expert-parallel degree, save what came out."""
+"""Ranks of test_equality: train the tiny model under every ZeRO stage and expert-parallel degree, save the result."""
 
 import itertools
 import sys

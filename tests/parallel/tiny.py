@@ -28,12 +28,14 @@ def batches() -> list[tuple[Tensor, Tensor]]:
     return [(step[:, :-1].contiguous(), step[:, 1:].contiguous()) for step in walk]
 
 
-def reference() -> tuple[list[float], list[float], dict[str, Tensor]]:
-    """Losses, gradient norms and final weights of one process without DeepSpeed."""
+def reference(left_out: int | None = None) -> tuple[list[float], list[float], dict[str, Tensor]]:
+    """Losses, gradient norms and final weights of one process without DeepSpeed; one step can be left out."""
     model = MODEL.build_initialized(0)
     optimizer = OPTIMIZER.build(parameter_groups(model, OPTIMIZER.weight_decay))
     losses, norms = [], []
-    for inputs, targets in batches():
+    for step, (inputs, targets) in enumerate(batches()):
+        if step == left_out:
+            continue
         total = 0.0
         for x, y in zip(inputs.split(MICRO), targets.split(MICRO), strict=True):
             parts = model(x, y)

@@ -1,6 +1,7 @@
 """Mixture of experts: each token passes the `top_k` experts that its router chooses."""
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         self.spec = spec
         self.router = Router(dim, spec.experts, spec.top_k, spec.normalize_weights)
-        self.exchange: nn.Module = LocalExchange()
+        self.exchange: Any = LocalExchange()
         self.experts = spec.expert.build_with(
             dim, spec.expert.width // spec.split, partial(GroupedLinear, spec.experts)
         )

@@ -1,0 +1,89 @@
+"""A tokenizer and a dataset that all end-to-end tests share, made by the tools from a part of the standard library."""
+
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.launch import ROOT, clean_environment
+
+SMALL = (
+    "--model.vocab 512 --model.dim 32 --model.context 32 --model.embedding.rank 16 --model.blocks.attention.heads 2 "
+    "--model.blocks.ffn.expert.width 64 --model.blocks.ffn.experts 4 --model.blocks.ffn.split 4 --batch_tokens 256 "
+    "--micro_batch 2 --schedule.warmup_steps 2 --optimizer.learning_rate 3e-3 --steps 12 --validate_every_steps 6 "
+    "--validation_samples 6 --checkpoint.every_steps 4 --data.workers 1"
+).split()
+"""Overrides that make `t4_moe` tiny; its four blocks and all its parts stay."""
+
+
+def command(*words: str | Path, timeout: float = 180) -> subprocess.CompletedProcess[str]:
+    """Run a command of the README's kind in the repository and wait."""
+    return subprocess.run(
+        [str(word) for word in words],
+        cwd=ROOT,
+        env=clean_environment(),
+        text=True,
+        timeout=timeout,
+        check=False,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def python(*words: str | Path, timeout: float = 180) -> str:
+    """Run this Python with words; its output, after making sure that it went well."""
+    done = command(sys.executable, *words, timeout=timeout)
+    assert done.returncode == 0, done.stdout[-4000:]
+    return done.stdout
+
+
+def deepspeed(folder: Path, data: Path, *more: str, ranks: int = 2, small: Sequence[str] = tuple(SMALL)) -> list[str]:
+    """The words that train the tiny recipe with the deepspeed launcher."""
+    return [
+        "deepspeed",
+        "--num_gpus",
+        str(ranks),
+        "recipes/t4_moe.py",
+        "--ds_config",
+        "ds_configs/zero2.json",
+        "--data",
+        str(data),
+        "--output",
+        str(folder),
+        *small,
+        *more,
+    ]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    source = Path(sysconfig.get_path("stdlib")) / "json"
+    python("-m", "data_prep.train_tokenizer", "--input", source, "--vocab_size", "512", "--output", path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory, tokenizer) -> Path:
+    path = tmp_path_factory.mktemp("dataset") / "data"
+    source = Path(sysconfig.get_path("stdlib")) / "json"
+    python(
+        "-m",
+        "data_prep.tokenize_to_mds",
+        "--input",
+        source,
+        "--tokenizer",
+        tokenizer,
+        "--output",
+        path,
+        "--seq_len",
+        "32",
+        "--workers",
+        "1",
+        "--validation_fraction",
+        "0.2",
+    )
+    return path

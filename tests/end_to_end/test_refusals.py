@@ -1,0 +1,117 @@
+"""Wrong input: one clear message, a non-zero exit of all ranks, within seconds, and nothing left half done."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.conftest import SMALL, command, deepspeed
+
+SECONDS = 60
+"""Limit of a refusal; most of it is the start of Python on two shared cores."""
+
+
+def refused(words: list[str], says: str, folder: Path) -> None:
+    """The command ends in time with exit code 2 and exactly one message, and has made no run folder."""
+    started = time.monotonic()
+    done = command(*words, timeout=SECONDS)
+    assert done.returncode == 2, done.stdout[-3000:]
+    assert done.stdout.count("error: ") == 1, done.stdout[-3000:]
+    assert says in done.stdout, done.stdout[-3000:]
+    assert "Traceback" not in done.stdout
+    assert time.monotonic() - started < SECONDS
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (("--model.blocks.ffn.topk", "1"), "model.blocks[0].ffn.topk: moe has no such field; did you mean 'top_k'?"),
+        (
+            ("--model.blocks.ffn.experts", "3", "--expert_parallel", "2"),
+            "3 experts do not divide by expert_parallel (2)",
+        ),
+        (("--data", "no/such/folder"), "no dataset at no/such/folder"),
+        (("--model.vocab", "500"), "has a vocabulary of 512 tokens, but model.vocab is 500"),
+    ],
+)
+def test_before_any_rank_meets_another(dataset, tmp_path, more, says):
+    folder = tmp_path / "run"
+    words = deepspeed(folder, dataset)
+    for flag, value in zip(more[::2], more[1::2], strict=True):
+        if flag in words:
+            words[words.index(flag) + 1] = value
+        else:
+            words += [flag, value]
+    refused(words, says, folder)
+
+
+def one_process(folder: Path, data: Path, *more: str) -> list[str]:
+    """The same recipe without a launcher."""
+    return ["python", "recipes/t4_moe.py", "--data", str(data), "--output", str(folder), *SMALL, *more]
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (("--ds_config", "none.json"), "cannot read the DeepSpeed config none.json"),
+        (("--batch_tokens", "250"), "250 is not a multiple of the sequence length 32; nearest: 224 or 256"),
+        (("--micro_batch", "3"), "take micro-batches of 3"),
+        (("--precision", "fp16"), "'fp16' needs a GPU"),
+        (("--model.blocks.attention.heads", "5"), "model.blocks[0].attention.heads: 5 heads must divide"),
+        (("--data.seq_len", "20"), "batch_tokens: 256 is not a multiple of the sequence length 20"),
+    ],
+)
+def test_in_one_process(dataset, tmp_path, more, says):
+    folder = tmp_path / "run"
+    refused(one_process(folder, dataset, *more), says, folder)
+
+
+def test_a_tokenizer_that_is_not_the_datas(dataset, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(dataset, data)
+    document = json.loads((data / "tokenizer.json").read_text())
+    document["model"]["merges"] = document["model"]["merges"][:-1]
+    (data / "tokenizer.json").write_text(json.dumps(document))
+    refused(one_process(tmp_path / "run", data), "the tokenizer and the data", tmp_path / "run")
+
+
+@pytest.mark.parametrize("harm", ["missing", "truncated", "flipped"])
+def test_an_unreadable_shard_ends_all_ranks(dataset, tmp_path, harm):
+    data = tmp_path / "data"
+    shutil.copytree(dataset, data)
+    shard = next((data / "train").glob("shard.*.mds"))
+    content = bytearray(shard.read_bytes())
+    if harm == "missing":
+        shard.unlink()
+    elif harm == "truncated":
+        shard.write_bytes(content[: len(content) // 2])
+    else:
+        content[len(content) // 2] ^= 4
+        shard.write_bytes(content)
+    started = time.monotonic()
+    done = command(*deepspeed(tmp_path / "run", data), timeout=SECONDS)
+    assert done.returncode == 2, done.stdout[-3000:]
+    assert done.stdout.count("error: ") == 1, done.stdout[-3000:]
+    assert shard.name in done.stdout
+    assert time.monotonic() - started < SECONDS
+
+
+def test_a_config_that_says_something_else_than_the_recipe(dataset, tmp_path):
+    config = tmp_path / "ds.json"
+    for content, says in (
+        (
+            {"train_micro_batch_size_per_gpu": 7},
+            "train_micro_batch_size_per_gpu is 7 in the DeepSpeed config, but the run says 2",
+        ),
+        (
+            {"zero_optimisation": {"stage": 2}},
+            "unknown DeepSpeed key 'zero_optimisation'; did you mean 'zero_optimization'?",
+        ),
+        ({"optimizer": {"type": "Adam"}}, "it is the recipe that decides it"),
+        ({"bf16": {"enabled": True}}, "bf16' with ZeRO stage 0 would train wrongly"),
+    ):
+        config.write_text(json.dumps(content))
+        refused(one_process(tmp_path / "run", dataset, "--ds_config", str(config)), says, tmp_path / "run")

@@ -1,0 +1,105 @@
+"""A run that is killed with SIGKILL between checkpoints goes on bitwise as if nothing had happened."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from mosaic_dist.checkpoint import newest
+from mosaic_dist.train.metrics import read_metrics
+from tests.end_to_end.conftest import command, deepspeed
+from tests.launch import ROOT, clean_environment
+
+EXACT = ("step", "tokens", "loss", "auxiliary_loss", "learning_rate", "grad_norm", "validation_loss")
+
+
+def story(folder: Path) -> list[dict]:
+    """What must be the same, bit for bit, in two runs of one experiment (not the times)."""
+    return [{key: record.get(key) for key in EXACT} for record in read_metrics(folder / "metrics.jsonl")]
+
+
+def kill_at_step(words: list[str], folder: Path, step: int) -> None:
+    """Start a run in a session of its own and kill all of its processes once `step` is in the metrics."""
+    process = subprocess.Popen(
+        words,
+        cwd=ROOT,
+        env=clean_environment(),
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not any(record["step"] >= step for record in read_metrics(folder / "metrics.jsonl")):
+        assert process.poll() is None, f"the run ended before step {step}"
+        assert time.monotonic() < deadline, f"step {step} did not come"
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, dataset) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    done = command(*deepspeed(folder, dataset))
+    assert done.returncode == 0, done.stdout[-4000:]
+    return folder
+
+
+def test_kill_and_resume_is_bitwise(undisturbed, dataset, tmp_path):
+    folder = tmp_path / "run"
+    words = deepspeed(folder, dataset)
+    kill_at_step(words, folder, 6)  # checkpoint at 4
+    assert newest(folder / "checkpoints").step in (4, 8)
+    kill_at_step(words, folder, 10)  # checkpoint at 8
+    assert command(*words).returncode == 0
+    assert story(folder) == story(undisturbed)
+    assert [record["step"] for record in story(folder)] == list(range(1, 13))
+    for one, other in zip(*(newest(f / "checkpoints").manifest["files"] for f in (folder, undisturbed)), strict=True):
+        assert one == other  # every byte of weights, moments and generators, by checksum
+    states = [newest(f / "checkpoints").state for f in (folder, undisturbed)]
+    assert states[0] == states[1]
+    assert states[0]["data"]["cursor"] == 12 * 256 // 32
+
+
+def test_the_run_folder_tells_its_story(undisturbed):
+    for name in ("run.yaml", "ds_config.json", "environment.json", "loss.png", "tokenizer.json"):
+        assert (undisturbed / name).stat().st_size > 0
+    environment = json.loads((undisturbed / "environment.json").read_text())
+    assert (environment["world_size"], environment["expert_parallel"], environment["zero_stage"]) == (2, 2, 2)
+    losses = [record["loss"] for record in story(undisturbed)]
+    assert losses[0] == pytest.approx(6.24, abs=0.15)  # ln 512
+    assert losses[-1] < losses[0] - 0.2
+    assert [record["step"] for record in story(undisturbed) if record["validation_loss"]] == [6, 12]
+    assert len(list((undisturbed / "checkpoints").glob("step_*"))) == 2
+
+
+def test_a_finished_run_and_a_foreign_one(undisturbed, dataset):
+    before = story(undisturbed)
+    again = command(*deepspeed(undisturbed, dataset))
+    assert again.returncode == 0
+    assert "nothing to do" in again.stdout
+    assert story(undisturbed) == before
+    other = command(*deepspeed(undisturbed, dataset, "--seed", "5", "--model.blocks.ffn.top_k", "1"))
+    assert other.returncode == 2
+    assert other.stdout.count("holds another run") == 1
+    assert "seed: 0 there, 5 here" in other.stdout
+    assert "model.blocks.ffn.top_k: 2 there, 1 here" in other.stdout
+
+
+def test_another_layout_goes_on_with_the_same_losses(undisturbed, dataset, tmp_path):
+    """Half on 2 ranks with expert parallelism and ZeRO-2, the rest in one process with ZeRO-3."""
+    folder = tmp_path / "run"
+    assert command(*deepspeed(folder, dataset, "--stop_at_step", "6")).returncode == 0
+    words = deepspeed(folder, dataset, ranks=1)
+    words[words.index("ds_configs/zero2.json")] = "ds_configs/zero3.json"
+    done = command(*words)
+    assert done.returncode == 0, done.stdout[-4000:]
+    got, expected = story(folder), story(undisturbed)
+    assert got[:6] == expected[:6]
+    for one, other in zip(got, expected, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
+        assert one["tokens"] == other["tokens"]

@@ -1,0 +1,105 @@
+"""Metrics, curves, the loss guard, and what belongs to a run."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+
+from mosaic_dist.errors import UserError
+from mosaic_dist.run_spec import Run, differences
+from mosaic_dist.spec import SpecError, override
+from mosaic_dist.train.metrics import MetricsFile, read_metrics
+from mosaic_dist.train.plot import plot_loss, smooth
+from mosaic_dist.train.trainer import MAX_SKIPS_IN_A_ROW, NonfiniteGuard, due
+from recipes.t4_moe import run
+
+
+def test_metrics_survive_a_cut_line_and_drop_what_lies_beyond(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "loss": 2.25}\n{"step": 3, "lo')
+    assert [record["step"] for record in read_metrics(path)] == [1, 2]
+    MetricsFile(path, step=1).write({"step": 2, "loss": 0.1 + 0.2})
+    assert read_metrics(path) == [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 0.1 + 0.2}]
+    path.write_text('{"step": 1}\nrubbish\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: not a JSON record"):
+        read_metrics(path)
+
+
+def test_smoothing_is_the_weighted_mean_of_the_past():
+    values, half_life = [4.0, 2.0, math.nan, 8.0], 2.0
+    weights = [0.5 ** (age / half_life) for age in (2, 1, 0)]
+    expected = sum(w * v for w, v in zip(weights, (4.0, 2.0, 8.0), strict=True)) / sum(weights)
+    got = smooth(values, half_life)
+    assert got[0] == 4.0
+    assert got[2] == got[1]
+    assert got[3] == pytest.approx(expected)
+
+
+def test_the_curve_is_a_png(tmp_path):
+    records = [{"step": i, "loss": 9 - i / 50} for i in range(1, 200)]
+    records[99]["validation_loss"] = 7.5
+    plot_loss(records, tmp_path / "loss.png", "t")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_due():
+    assert [step for step in range(1, 11) if due(step, 4, 10)] == [4, 8, 10]
+    assert not any(due(step, 0, 10) for step in range(1, 11))
+
+
+def fake_trainer(scaled: bool) -> SimpleNamespace:
+    return SimpleNamespace(
+        engine=SimpleNamespace(loss_is_scaled=scaled),
+        progress=SimpleNamespace(step=7),
+        learning_rate=0.1,
+        loader=SimpleNamespace(cursor=70),
+    )
+
+
+def result(loss: float, skipped: bool) -> SimpleNamespace:
+    return SimpleNamespace(loss=loss, auxiliary_loss=0.0, grad_norm=math.inf if skipped else 1.0, skipped=skipped)
+
+
+def test_the_guard_follows_its_policy():
+    with pytest.raises(UserError, match=r"step 7: loss nan.*not finite.*sample 70"):
+        NonfiniteGuard("stop").after_step(fake_trainer(False), result(math.nan, True))
+    with pytest.raises(UserError, match="gradient norm inf"):
+        NonfiniteGuard("stop").after_step(fake_trainer(False), result(2.0, True))
+    NonfiniteGuard("stop").after_step(fake_trainer(True), result(2.0, True))  # fp16 seeks its loss scale
+    patient = NonfiniteGuard("skip")
+    for _ in range(MAX_SKIPS_IN_A_ROW - 1):
+        patient.after_step(fake_trainer(False), result(math.nan, True))
+    with pytest.raises(UserError, match=f"{MAX_SKIPS_IN_A_ROW} times in a row"):
+        patient.after_step(fake_trainer(False), result(math.nan, True))
+
+
+def test_a_run_goes_to_yaml_and_back():
+    assert Run.from_yaml(run.to_yaml()) == run
+
+
+def test_what_belongs_to_the_cluster_may_change():
+    moved = override(run, {"micro_batch": 2, "parallel.expert_parallel": 4, "data.path": "x", "precision": "fp32"})
+    assert list(differences(run, moved)) == []
+    other = override(run, {"optimizer.learning_rate": 1.0, "model.blocks[1].ffn.top_k": 1})
+    assert "optimizer.learning_rate: 0.001 there, 1.0 here" in list(differences(run, other))
+
+
+@pytest.mark.parametrize(
+    ("changes", "path"),
+    [
+        ({"batch_tokens": 100}, "batch_tokens"),
+        ({"data.seq_len": 1024}, "data.seq_len"),
+        ({"steps": 100}, "schedule.warmup_steps"),
+        ({"nonfinite": "ignore"}, "nonfinite"),
+    ],
+)
+def test_runs_that_cannot_be(changes, path):
+    with pytest.raises(SpecError) as caught:
+        override(run, changes)
+    assert caught.value.path == path
+
+
+def test_batches_are_dealt_out_evenly_or_refused():
+    assert run.accumulation(2) * 2 * run.micro_batch * run.seq_len == run.batch_tokens
+    with pytest.raises(SpecError, match="3 ranks take micro-batches of 8"):
+        run.accumulation(3)
