@@ -12,9 +12,9 @@ if [ "$gpus" -gt 0 ]; then
   ranks=$gpus
   layout=()
 else
-  steps=${2:-110}
+  steps=${2:-380}
   ranks=2
-  layout=(--expert_parallel 2 --batch_tokens 4096 --micro_batch 4 --optimizer.learning_rate 2e-3)
+  layout=(--expert_parallel 2 --batch_tokens 1024 --micro_batch 1)
 fi
 
 show() { # print a command, then run it
@@ -26,10 +26,10 @@ mkdir -p "$out"
 [ -e "$out/tokenizer.json" ] ||
   show python -m data_prep.train_tokenizer --input "$corpus" --vocab_size 8192 --output "$out/tokenizer.json"
 [ -e "$out/data" ] ||
-  show python -m data_prep.tokenize_to_mds --input "$corpus" --tokenizer "$out/tokenizer.json" --output "$out/data" --seq_len 512
+  show python -m data_prep.tokenize_to_mds --input "$corpus" --tokenizer "$out/tokenizer.json" --output "$out/data" --seq_len 512 --validation_fraction 0.02
 
 train=(deepspeed --num_gpus "$ranks" recipes/t4_moe.py --ds_config ds_configs/zero2.json --data "$out/data"
-  --output "$out/run" --steps "$steps" --schedule.warmup_steps $((steps / 10)) --validate_every_steps $((steps / 4 + 1))
+  --output "$out/run" --steps "$steps" --schedule.warmup_steps $((steps / 20)) --validate_every_steps $((steps / 4 + 1))
   --validation_samples 16 "${layout[@]}")
 show "${train[@]}" --stop_at_step $((steps / 2))
 echo "stopped half way; the same command goes on from its checkpoint"

@@ -23,7 +23,7 @@ run = Run(
         vocab=8192,
         dim=512,
         context=512,
-        embedding=Factored(rank=128),
+        embedding=Factored(rank=128, multiplier=512**0.5),
         position=Learned(),
         blocks=4 * (block,),
         norm=RMSNorm(),

@@ -158,7 +158,7 @@ def _check_fingerprint(saved: dict[str, Any], current: dict[str, Any]) -> None:
 
 def _make_batch(samples: np.ndarray, tokens_BT: np.ndarray) -> Batch:
     tokens = torch.from_numpy(tokens_BT.astype(np.int64))
-    inputs_BT, targets_BT = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    inputs_BT, targets_BT = tokens[:, :-1].clone(), tokens[:, 1:].clone()  # one row would share its memory
     targets_BT[torch.from_numpy(samples == FILLER)] = IGNORE_INDEX
     if torch.cuda.is_available():
         inputs_BT, targets_BT = inputs_BT.pin_memory(), targets_BT.pin_memory()

@@ -4,11 +4,17 @@ import torch
 from torch import Tensor, nn
 
 from mosaic_dist.model.linear import Linear, embed
-from mosaic_dist.spec import Positive, Spec
+from mosaic_dist.spec import Positive, PositiveFloat, Spec
 
 
 class Embedding(Spec):
-    """Family of token embeddings."""
+    """Family of token embeddings.
+
+    `multiplier` scales what the model sees of a token (sqrt(dim) in Vaswani et al., arXiv 1706.03762, section 3.4, and
+    in Gemma). A table that is also the output's starts small; unscaled, it is drowned by what the blocks write.
+    """
+
+    multiplier: PositiveFloat = 1.0
 
     def build(self, vocab: int, dim: int) -> "EmbeddingModule":
         """Module mapping tokens [B, T] int64 to [B, T, dim], with its table as `weight`."""
@@ -20,7 +26,7 @@ class Table(Embedding, type="table"):
 
     def build(self, vocab: int, dim: int) -> "EmbeddingModule":
         """weight [vocab, dim]."""
-        return EmbeddingModule(vocab, dim, dim)
+        return EmbeddingModule(vocab, dim, dim, self.multiplier)
 
 
 class Factored(Embedding, type="factored"):
@@ -30,7 +36,7 @@ class Factored(Embedding, type="factored"):
 
     def build(self, vocab: int, dim: int) -> "EmbeddingModule":
         """weight [vocab, rank], up [dim, rank]."""
-        return EmbeddingModule(vocab, self.rank, dim)
+        return EmbeddingModule(vocab, self.rank, dim, self.multiplier)
 
 
 class EmbeddingModule(nn.Module):
@@ -38,12 +44,14 @@ class EmbeddingModule(nn.Module):
 
     is_table = True
 
-    def __init__(self, vocab: int, width: int, dim: int):
+    def __init__(self, vocab: int, width: int, dim: int, multiplier: float):
         super().__init__()
+        self.multiplier = multiplier
         self.weight = nn.Parameter(torch.empty(vocab, width))
         self.up = None if width == dim else Linear(width, dim, keeps_scale=True)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """tokens_BT int64 -> x_BTD."""
         x_BTC = embed(self.weight, tokens_BT)
-        return x_BTC if self.up is None else self.up(x_BTC)
+        x_BTD = x_BTC if self.up is None else self.up(x_BTC)
+        return x_BTD if self.multiplier == 1.0 else x_BTD * self.multiplier

@@ -151,9 +151,14 @@ def test_validation_sees_each_sample_once(dataset, world_size, workers):
     for batch in itertools.chain(*ranks):
         filler = torch.tensor(batch.sample_ids) == FILLER
         assert ((batch.targets_BT == IGNORE_INDEX).all(1) == filler).all()
+        assert batch.inputs_BT.min() >= 0
     assert ids(parts[0]) == ids(ranks[0])  # can be iterated again
     limited = ValidationBatches(Data(workers=0), dataset, batch=5, rank=0, world_size=1, limit=7)
     assert ids(limited) == [[0, 1, 2, 3, 4], [5, 6, FILLER, FILLER, FILLER]]
+    single = [ValidationBatches(Data(workers=0), dataset, batch=1, rank=r, world_size=2, limit=3) for r in (0, 1)]
+    last = [list(part)[-1] for part in single]
+    assert [batch.sample_ids for batch in last] == [[2], [FILLER]]
+    assert min(int(batch.inputs_BT.min()) for batch in last) >= 0  # masking a target leaves the inputs alone
 
 
 @pytest.fixture
