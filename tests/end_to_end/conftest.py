@@ -13,7 +13,7 @@ from tests.launch import ROOT, clean_environment
 SMALL = (
     "--model.vocab 512 --model.dim 32 --model.context 32 --model.embedding.rank 16 --model.blocks.attention.heads 2 "
     "--model.blocks.ffn.expert.width 64 --model.blocks.ffn.experts 4 --model.blocks.ffn.split 4 --batch_tokens 256 "
-    "--micro_batch 2 --schedule.warmup_steps 2 --optimizer.learning_rate 3e-3 --steps 12 --validate_every_steps 6 "
+    "--micro_batch 2 --schedule.warmup_steps 2 --optimizer.learning_rate 1e-2 --steps 12 --validate_every_steps 6 "
     "--validation_samples 6 --checkpoint.every_steps 4 --data.workers 1"
 ).split()
 """Overrides that make `t4_moe` tiny; its four blocks and all its parts stay."""
