@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 
 from mosaic_dist.checkpoint import Checkpoint
 from mosaic_dist.checkpoint.engine_state import save_engine
-from mosaic_dist.parallel import Engine, fill_config, join_world, leave_world
-from tests.parallel.tiny import BATCH, LEARNING_RATE, MICRO, MODEL, OPTIMIZER, batches
+from mosaic_dist.parallel import join_world, leave_world
+from tests.parallel.tiny import LEARNING_RATE, batches, make_engine, my_part
 
 
 def main(folder: str) -> None:
@@ -19,19 +19,11 @@ def main(folder: str) -> None:
     world = join_world(60)
     degrees = [degree for degree in (1, 2) if world.size % degree == 0]
     for stage, degree in itertools.product((0, 1, 2, 3), degrees):
-        config = fill_config(
-            {"zero_optimization": {"stage": stage}},
-            precision="fp32",
-            micro_batch=MICRO,
-            accumulation=BATCH // MICRO // world.size,
-            world_size=world.size,
-            clip_norm=OPTIMIZER.clip_norm,
-        )
-        engine = Engine(MODEL, OPTIMIZER, config, degree, 0, world)
+        engine = make_engine(world, stage, degree)
         held = sum(p.numel() for name, p in engine.model.named_parameters() if ".experts." in name and stage < 3)
         results = []
         for inputs, targets in batches():
-            mine = slice(world.rank * BATCH // world.size, (world.rank + 1) * BATCH // world.size)
+            mine = my_part(world)
             result = engine.train_step(inputs[mine], targets[mine], LEARNING_RATE)
             results.append([result.loss, result.grad_norm, result.expert_load.sum().item()])
         path = Path(folder) / f"w{world.size}_z{stage}_e{degree}"

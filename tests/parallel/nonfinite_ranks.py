@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from mosaic_dist.parallel import Engine, fill_config, join_world, leave_world
-from tests.parallel.tiny import BATCH, LEARNING_RATE, MICRO, MODEL, OPTIMIZER, batches
+from mosaic_dist.parallel import join_world, leave_world
+from tests.parallel.tiny import LEARNING_RATE, batches, make_engine, my_part
 
 BAD_STEP = 4
 
@@ -18,21 +18,13 @@ def main(output: str) -> None:
     world = join_world(60)
     told = {}
     for stage, degree in itertools.product((0, 1, 2, 3), (1, 2)):
-        config = fill_config(
-            {"zero_optimization": {"stage": stage}},
-            precision="fp32",
-            micro_batch=MICRO,
-            accumulation=BATCH // MICRO // world.size,
-            world_size=world.size,
-            clip_norm=OPTIMIZER.clip_norm,
-        )
-        engine = Engine(MODEL, OPTIMIZER, config, degree, 0, world)
+        engine = make_engine(world, stage, degree)
         poison = False
         engine.model.head.register_forward_hook(lambda _m, _i, logits: logits * torch.nan if poison else logits)  # noqa: B023
         results = []
         for step, (inputs, targets) in enumerate(batches()):
             poison = step == BAD_STEP and world.rank == 1
-            mine = slice(world.rank * BATCH // world.size, (world.rank + 1) * BATCH // world.size)
+            mine = my_part(world)
             result = engine.train_step(inputs[mine], targets[mine], LEARNING_RATE)
             results.append([result.loss, result.grad_norm, result.skipped])
         told[f"{stage}/{degree}"] = results

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from mosaic_dist.model import MHA, Block, Factored, MoE, SwiGLU, Transformer
 from mosaic_dist.optim import AdamW, parameter_groups
+from mosaic_dist.parallel import Engine, World, fill_config
 
 STEPS, BATCH, MICRO, LENGTH = 10, 8, 2, 24
 LEARNING_RATE = 3e-3
@@ -19,6 +20,24 @@ MODEL = Transformer(
         Block(attention=MHA(heads=4), ffn=MoE(expert=SwiGLU(width=64), split=4, experts=4, top_k=2)),
     ),
 )
+
+
+def make_engine(world: World, stage: int, degree: int) -> Engine:
+    """The engine of this rank for a ZeRO stage and an expert-parallel degree."""
+    config = fill_config(
+        {"zero_optimization": {"stage": stage}},
+        precision="fp32",
+        micro_batch=MICRO,
+        accumulation=BATCH // MICRO // world.size,
+        world_size=world.size,
+        clip_norm=OPTIMIZER.clip_norm,
+    )
+    return Engine(MODEL, OPTIMIZER, config, degree, 0, world)
+
+
+def my_part(world: World) -> slice:
+    """Rows of the global batch that this rank trains on."""
+    return slice(world.rank * BATCH // world.size, (world.rank + 1) * BATCH // world.size)
 
 
 def batches() -> list[tuple[Tensor, Tensor]]:
