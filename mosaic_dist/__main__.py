@@ -8,9 +8,11 @@ from mosaic_dist.cli import run_subcommand
 from mosaic_dist.convert import export_checkpoint, load_exported, parse_size
 from mosaic_dist.data.tokenizer import Tokenizer
 from mosaic_dist.errors import UserError
+from mosaic_dist.evaluate.generate import Sampling
 from mosaic_dist.evaluate.generate import generate as generate_tokens
+from mosaic_dist.plan.sizes import size_table
 from mosaic_dist.run_spec import Run
-from mosaic_dist.spec import NonNegativeFloat, Positive
+from mosaic_dist.spec import Fraction, NonNegativeFloat, Positive, PositiveFloat
 
 
 def export(
@@ -50,6 +52,8 @@ def generate(
     max_new_tokens: Positive = 100,
     temperature: NonNegativeFloat = 0.8,
     top_k: Positive | None = 50,
+    top_p: Fraction | None = None,
+    repetition_penalty: PositiveFloat = 1.0,
     seed: int = 0,
 ) -> None:
     """Continue a text with an exported model.
@@ -59,13 +63,17 @@ def generate(
     --max_new_tokens N    how far to go; the end-of-text token stops earlier
     --temperature X       0 takes the most likely token each time
     --top_k N             draw from the N most likely tokens; None: from all
+    --top_p P             draw from the most likely tokens that together have probability P
+    --repetition_penalty X  above 1: tokens that were there become less likely
     --seed N              of the draws
     """
     tokenizer = Tokenizer.load(model)
     network = load_exported(model)
     tokens = tokenizer.encode(prompt)
     shown = ""
-    for token in generate_tokens(network, tokens, max_new_tokens, temperature, top_k, tokenizer.eos_id, seed):
+    sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
+    for (token,) in generate_tokens(network, [tokens], max_new_tokens, sampling, tokenizer.eos_id):
+        assert token is not None, "a single prompt that has ended yields nothing"
         tokens.append(token)
         text = tokenizer.decode(tokens)
         if not text.endswith("\ufffd"):  # a character whose bytes are not all there yet
@@ -74,9 +82,17 @@ def generate(
     print()
 
 
+def recipes(folder: str = "recipes") -> None:
+    """Print a table of all recipes of a folder with their total and active parameters.
+
+    --folder DIR          where the recipes are
+    """
+    print(size_table(folder))
+
+
 def main() -> None:
     """Run the command that the first word names."""
-    run_subcommand({"export": export, "generate": generate}, "python -m mosaic_dist")
+    run_subcommand({"export": export, "generate": generate, "recipes": recipes}, "python -m mosaic_dist")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ FLOORS = {
     "model": 1, "data": 1, "optim": 1,
     "parallel": 2,
     "checkpoint": 3, "convert": 3,
-    "run_spec": 4, "train": 5, "evaluate": 5,
+    "run_spec": 4, "train": 5, "evaluate": 5, "plan": 5,
     "run": 6, "__main__": 6,
 }  # fmt: skip
 DISTRIBUTION = ("torch.distributed", "deepspeed", "mosaic_dist.parallel")

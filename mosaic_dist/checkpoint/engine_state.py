@@ -9,6 +9,7 @@ from torch import Tensor
 from mosaic_dist.checkpoint import Checkpoint, CheckpointError, Piece, save
 from mosaic_dist.parallel import Engine
 from mosaic_dist.parallel.state import (
+    buffers,
     counters,
     global_tensors,
     make_optimizer_tensors,
@@ -21,6 +22,14 @@ from mosaic_dist.parallel.state import (
 
 MASTER = "master"
 """Kind of the float32 weights."""
+BUFFER = "buffer"
+"""Kind of tensors beside the weights, such as a router's correction of each expert."""
+
+
+def global_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter and buffer of the whole model."""
+    parameters = {tensor.name: tensor.shape for tensor in global_tensors(engine).values()}
+    return parameters | {name: tuple(buffer.shape) for name, buffer in buffers(engine).items()}
 
 
 def save_engine(root: Path, step: int, engine: Engine, state: dict[str, Any]) -> Path:
@@ -35,7 +44,9 @@ def save_engine(root: Path, step: int, engine: Engine, state: dict[str, Any]) ->
             pieces.append(Piece(shard.name, MASTER, shard.start, master))
             for kind, values in optimizer_tensors(engine, shard).items():
                 pieces.append(Piece(shard.name, kind, shard.start, values))
-    shapes = {tensor.name: tensor.shape for tensor in global_tensors(engine).values()}
+    if engine.world.is_main:
+        pieces += [Piece(name, BUFFER, 0, buffer.flatten()) for name, buffer in buffers(engine).items()]
+    shapes = global_shapes(engine)
     full_state = state | {"optimizer_step": optimizer_step_count(engine), "engine": counters(engine)}
     return save(root, step, pieces, shapes, full_state, generator_states())
 
@@ -45,14 +56,14 @@ def load_engine(checkpoint: Checkpoint, engine: Engine) -> None:
 
     Generators are restored where this rank was part of the world that wrote; further ranks keep their fresh ones.
     """
-    ours = {tensor.name: tensor.shape for tensor in global_tensors(engine).values()}
+    ours = global_shapes(engine)
     if checkpoint.shapes.keys() != ours.keys():
         differing = sorted(checkpoint.shapes.keys() ^ ours.keys())
         raise CheckpointError(f"checkpoint and model have different parameters: {', '.join(differing[:5])}")
     for name, shape in ours.items():
         if tuple(checkpoint.shapes[name]) != shape:
             raise CheckpointError(f"{name} is {tuple(checkpoint.shapes[name])} in the checkpoint, {shape} in the model")
-    kinds = sorted({kind for name in ours for kind in checkpoint.kinds(name)} - {MASTER})
+    kinds = sorted({kind for name in ours for kind in checkpoint.kinds(name)} - {MASTER, BUFFER})
     make_optimizer_tensors(engine, kinds, checkpoint.state["optimizer_step"])
     with torch.no_grad():
         for shard in shards(engine):
@@ -61,6 +72,8 @@ def load_engine(checkpoint: Checkpoint, engine: Engine) -> None:
             master.copy_(checkpoint.read(shard.name, MASTER, shard.start, stop))
             for kind, values in optimizer_tensors(engine, shard).items():
                 values.copy_(checkpoint.read(shard.name, kind, shard.start, stop))
+        for name, buffer in buffers(engine).items():
+            buffer.copy_(checkpoint.read_full(name, BUFFER))
     publish_masters(engine)
     restore_counters(engine, checkpoint.state["engine"])
     saved_generators = checkpoint.rank_state(engine.world.rank)

@@ -77,9 +77,13 @@ def export_checkpoint(
 
 
 def expected_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every parameter of a model; a shared one once, under its first name."""
+    """Name and shape of every parameter and buffer of a model; a shared one once, under its first name."""
     with torch.device("meta"):
-        return {name: tuple(parameter.shape) for name, parameter in model.build().named_parameters()}
+        return {name: tuple(tensor.shape) for name, tensor in _named_tensors(model.build()).items()}
+
+
+def _named_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
 def _check_complete(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
@@ -103,7 +107,8 @@ def _write_weights(
         file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
         tensors = {}
         for name in names:
-            tensors[name] = checkpoint.read_full(name, "master").to(dtype)
+            kind = "master" if "master" in checkpoint.kinds(name) else "buffer"
+            tensors[name] = checkpoint.read_full(name, kind).to(dtype)
             bar.update()
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
@@ -149,7 +154,7 @@ def load_exported(path: str | Path) -> TransformerModel:
     materialize(model, torch.device("cpu"))
     model = model.to(DTYPES[config["dtype"]])
     with torch.no_grad():
-        parameters, seen = dict(model.named_parameters()), {}
+        parameters, seen = _named_tensors(model), {}
         for name, tensor in _read_weights(path):
             seen[name] = tuple(tensor.shape)
             if name in parameters and parameters[name].shape == tensor.shape:

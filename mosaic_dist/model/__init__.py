@@ -1,49 +1,99 @@
 """The model, on one device. Specs say what it is made of; nothing here knows of processes or clusters."""
 
-from mosaic_dist.model.attention import MHA, Attention
+from mosaic_dist.model.attention import GQA, MHA, MLA, MQA, Attention, LinearAttention
 from mosaic_dist.model.block import Block
 from mosaic_dist.model.count import Counts, count_parameters, flops_per_token
 from mosaic_dist.model.embedding import Embedding, Factored, Table
-from mosaic_dist.model.ffn import FFN, GELU, DenseFFN, SwiGLU
-from mosaic_dist.model.head import Head, Tied, Untied
+from mosaic_dist.model.ffn import FFN, GEGLU, GELU, ClampedSwiGLU, DenseFFN, SwiGLU
+from mosaic_dist.model.head import FactoredOutput, Head, Tied, Untied
 from mosaic_dist.model.init import Init, initialize, materialize
-from mosaic_dist.model.linear import GroupedLinear
-from mosaic_dist.model.moe import LocalExchange, MixtureOfExperts, MoE
+from mosaic_dist.model.linear import GroupedLinear, Matrix, PlainMatrix
+from mosaic_dist.model.moe import (
+    LocalExchange,
+    Mixture,
+    MixtureOfExperts,
+    MoE,
+    MoESwiGLU,
+    Router,
+    SigmoidTopK,
+    SoftmaxTopK,
+    TopKSoftmax,
+)
 from mosaic_dist.model.norm import LayerNorm, Norm, RMSNorm
-from mosaic_dist.model.position import Learned, NoPosition, Position
+from mosaic_dist.model.position import (
+    ALiBi,
+    DecoupledRoPE,
+    Learned,
+    LinearScaling,
+    Llama3Scaling,
+    NoPosition,
+    NTKScaling,
+    Position,
+    RoPE,
+    Sinusoidal,
+    YaRN,
+)
+from mosaic_dist.model.ternary import TernaryMatrix, pack_ternary, ternary, unpack_ternary
 from mosaic_dist.model.transformer import LossParts, Transformer, TransformerModel
 
 __all__ = [
     "FFN",
+    "GEGLU",
     "GELU",
+    "GQA",
     "MHA",
+    "MLA",
+    "MQA",
+    "ALiBi",
     "Attention",
     "Block",
+    "ClampedSwiGLU",
     "Counts",
+    "DecoupledRoPE",
     "DenseFFN",
     "Embedding",
     "Factored",
+    "FactoredOutput",
     "GroupedLinear",
     "Head",
     "Init",
     "LayerNorm",
     "Learned",
+    "LinearAttention",
+    "LinearScaling",
+    "Llama3Scaling",
     "LocalExchange",
     "LossParts",
+    "Matrix",
+    "Mixture",
     "MixtureOfExperts",
     "MoE",
+    "MoESwiGLU",
+    "NTKScaling",
     "NoPosition",
     "Norm",
+    "PlainMatrix",
     "Position",
     "RMSNorm",
+    "RoPE",
+    "Router",
+    "SigmoidTopK",
+    "Sinusoidal",
+    "SoftmaxTopK",
     "SwiGLU",
     "Table",
+    "TernaryMatrix",
     "Tied",
+    "TopKSoftmax",
     "Transformer",
     "TransformerModel",
     "Untied",
+    "YaRN",
     "count_parameters",
     "flops_per_token",
     "initialize",
     "materialize",
+    "pack_ternary",
+    "ternary",
+    "unpack_ternary",
 ]

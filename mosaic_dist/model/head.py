@@ -6,7 +6,7 @@ from torch.nn import functional
 
 from mosaic_dist.model.embedding import EmbeddingModule
 from mosaic_dist.model.linear import Linear
-from mosaic_dist.spec import Spec
+from mosaic_dist.spec import Positive, Spec
 
 
 class Head(Spec):
@@ -36,6 +36,16 @@ class Untied(Head, type="linear"):
         return LinearHead(vocab, dim)
 
 
+class FactoredOutput(Head, type="factored"):
+    """Logits through two matrices of its own: down to `rank`, then up to the vocabulary."""
+
+    rank: Positive
+
+    def build(self, vocab: int, dim: int, embedding: EmbeddingModule) -> nn.Module:
+        """down [rank, dim], weight [vocab, rank]."""
+        return FactoredHead(vocab, self.rank, dim)
+
+
 class TiedHead(nn.Module):
     """See `Tied`. `weight` is the very parameter of the embedding, registered here too so that ZeRO-3 gathers it."""
 
@@ -47,6 +57,19 @@ class TiedHead(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         """x_BTD -> logits_BTV."""
         return functional.linear(x_BTD if self.down is None else self.down(x_BTD), self.weight)
+
+
+class FactoredHead(nn.Module):
+    """See `FactoredOutput`."""
+
+    def __init__(self, vocab: int, rank: int, dim: int):
+        super().__init__()
+        self.down = Linear(dim, rank, keeps_scale=True)
+        self.weight = nn.Parameter(torch.empty(vocab, rank))
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """x_BTD -> logits_BTV."""
+        return functional.linear(self.down(x_BTD), self.weight)
 
 
 class LinearHead(nn.Module):

@@ -72,3 +72,5 @@ def materialize(model: nn.Module, device: torch.device) -> None:
                 made[parameter] = nn.Parameter(torch.empty_like(parameter, device=device))
                 made[parameter].__dict__.update(parameter.__dict__)
             setattr(module, name, made[parameter])
+        for name, buffer in list(module.named_buffers(recurse=False)):  # made on the CPU, with their values
+            module._buffers[name] = buffer.to(device)

@@ -1,10 +1,15 @@
-"""Matrix layers: one weight (`Linear`), or one per expert over rows sorted by expert (`GroupedLinear`)."""
+"""Matrix layers: one weight (`Linear`), or one per expert over rows sorted by expert (`GroupedLinear`).
+
+`Matrix` is the family of their kinds: how the weights enter the product. The ternary kind is in `ternary.py`.
+"""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from mosaic_dist.spec import Spec
 
 
 class Linear(nn.Linear):
@@ -46,10 +51,45 @@ class GroupedLinear(nn.Module):
 
     def forward(self, x_RI: Tensor, counts_e: Sequence[int]) -> Tensor:
         """x_RI [R, inputs] sorted by expert, counts_e[i] rows for local expert i -> [R, outputs]."""
-        rows = [chunk @ self.weight[i] for i, chunk in enumerate(x_RI.split(list(counts_e)))]
-        if self.bias is not None:
-            rows = [row + self.bias[i] for i, row in enumerate(rows)]
-        return torch.cat(rows)
+        return grouped_linear(x_RI, self.weight, self.bias, counts_e)
+
+
+def grouped_linear(x_RI: Tensor, weight_eIO: Tensor, bias_eO: Tensor | None, counts_e: Sequence[int]) -> Tensor:
+    """x_RI sorted by expert, counts_e[i] rows for local expert i -> [R, O]. Experts without rows get zero gradients."""
+    chunks = x_RI.split(list(counts_e))
+    # unbind, not an index per expert: the gradient of an index is as large as the whole stack, for each expert anew
+    rows = [chunk @ weight_IO for chunk, weight_IO in zip(chunks, weight_eIO.unbind(), strict=True)]
+    if bias_eO is not None:
+        rows = [row + bias_O for row, bias_O in zip(rows, bias_eO.unbind(), strict=True)]
+    return torch.cat(rows)
+
+
+class Matrix(Spec):
+    """Family of matrix layers: how the weights of a network enter its products."""
+
+    def build(self, inputs: int, outputs: int, *, bias: bool = False, residual: bool = False) -> Linear:
+        """Layer mapping [..., inputs] to [..., outputs]; weight [outputs, inputs], bias [outputs]."""
+        raise TypeError(f"{type(self).__name__} cannot be built: choose a kind of matrix")
+
+    def build_stack(
+        self, experts: int, inputs: int, outputs: int, *, bias: bool = False, residual: bool = False
+    ) -> GroupedLinear:
+        """Layer per expert; weight [experts, inputs, outputs], bias [experts, outputs]."""
+        raise TypeError(f"{type(self).__name__} cannot be built: choose a kind of matrix")
+
+
+class PlainMatrix(Matrix, type="plain"):
+    """The weights as they are."""
+
+    def build(self, inputs: int, outputs: int, *, bias: bool = False, residual: bool = False) -> Linear:
+        """See `Linear`."""
+        return Linear(inputs, outputs, bias=bias, residual=residual)
+
+    def build_stack(
+        self, experts: int, inputs: int, outputs: int, *, bias: bool = False, residual: bool = False
+    ) -> GroupedLinear:
+        """See `GroupedLinear`."""
+        return GroupedLinear(experts, inputs, outputs, bias=bias, residual=residual)
 
 
 def embed(weight_VC: Tensor, tokens_BT: Tensor) -> Tensor:

@@ -1,12 +1,14 @@
 """The language model: embedding, positions, blocks, norm, head."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mosaic_dist.model.attention import Sight
 from mosaic_dist.model.block import Block
+from mosaic_dist.model.compatibility import check_pair
 from mosaic_dist.model.embedding import Embedding, Table
 from mosaic_dist.model.ffn import Extras
 from mosaic_dist.model.head import Head, Tied
@@ -31,9 +33,12 @@ class Transformer(Spec):
     init: Init = Init()
 
     def check(self) -> None:
-        """There is a block."""
+        """There is a block, and each attention can work with the position."""
         if not self.blocks:
             raise SpecError("blocks", "the list is empty; give at least one block")
+        for i, block in enumerate(self.blocks):
+            with at(f"blocks[{i}]"):
+                check_pair(block.attention, self.position)
 
     def build(self) -> "TransformerModel":
         """The module, on the current default device. `SpecError` with the path of a part that does not fit."""
@@ -70,21 +75,72 @@ class TransformerModel(nn.Module):
         self.blocks = nn.ModuleList()
         for i, block in enumerate(spec.blocks):
             with at(f"blocks[{i}]"):
-                self.blocks.append(block.build(spec.dim, spec.norm))
+                self.blocks.append(block.build(spec.dim, spec.norm, spec.position))
         self.norm = spec.norm.build(spec.dim)
         self.head = spec.head.build(spec.vocab, spec.dim, self.embedding)
 
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor | LossParts:
-        """tokens_BT int64 -> logits_BTV; with targets_BT int64 (IGNORE_INDEX: not scored) -> LossParts."""
-        if tokens_BT.shape[1] > self.spec.context:
-            raise ValueError(f"{tokens_BT.shape[1]} tokens are more than the model's context ({self.spec.context})")
-        x_BTD = self.position(self.embedding(tokens_BT))
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        targets_BT: Tensor | None = None,
+        documents_BT: Tensor | None = None,
+        cache: "Cache | None" = None,
+    ) -> Tensor | LossParts:
+        """tokens_BT int64 -> logits_BTV; with targets_BT int64 (IGNORE_INDEX: not scored) -> LossParts.
+
+        `documents_BT` numbers the documents of packed sequences: a token sees its own document only, and positions
+        begin anew in each. With a `cache` the tokens follow those that it holds, and join them.
+        """
+        sight = cache.advance(tokens_BT, documents_BT) if cache else make_sight(tokens_BT, documents_BT)
+        longest = sight.positions_BS.shape[1]
+        if longest > self.spec.context:
+            raise ValueError(f"{longest} tokens are more than the model's context ({self.spec.context})")
+        x_BTD = self.position(self.embedding(tokens_BT), sight.positions_BT)
         told: list[Extras] = []
-        for block in self.blocks:
-            x_BTD, extras = block(x_BTD)
+        for i, block in enumerate(self.blocks):
+            x_BTD, extras = block(x_BTD, sight, cache.layers[i] if cache else None)
             told.append(extras)
         logits_BTV = self.head(self.norm(x_BTD))
         return logits_BTV if targets_BT is None else loss_parts(logits_BTV, targets_BT, told)
+
+    def new_cache(self, batch: int, capacity: int | None = None) -> "Cache":
+        """An empty cache for generation: `batch` sequences of up to `capacity` (None: the context) tokens."""
+        capacity = min(capacity or self.spec.context, self.spec.context)
+        return Cache([block.new_cache(batch, capacity) for block in self.blocks])  # type: ignore[operator]
+
+
+class Cache:
+    """What generation keeps of the tokens so far: positions and documents here, the rest in a cache per layer."""
+
+    def __init__(self, layers: list[Any]):
+        self.layers = layers
+        self.documents_BS: Tensor | None = None
+        self.length = 0
+
+    def advance(self, tokens_BT: Tensor, documents_BT: Tensor | None) -> Sight:
+        """Take T more tokens; returns what they see. `documents_BT` None: all belong to the first document, 0."""
+        B, T = tokens_BT.shape
+        new = tokens_BT.new_zeros(B, T) if documents_BT is None else documents_BT
+        self.documents_BS = new if self.documents_BS is None else torch.cat([self.documents_BS, new], 1)
+        index_T = torch.arange(self.length, self.length + T, device=tokens_BT.device)
+        self.length += T
+        return Sight(index_T, positions_in_documents(self.documents_BS), self.documents_BS)
+
+
+def make_sight(tokens_BT: Tensor, documents_BT: Tensor | None) -> Sight:
+    """What tokens see that nothing went before."""
+    index_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+    if documents_BT is None:
+        return Sight(index_T, index_T[None])
+    return Sight(index_T, positions_in_documents(documents_BT), documents_BT)
+
+
+def positions_in_documents(documents_BS: Tensor) -> Tensor:
+    """Position of each token in its document, [B, S] int64; documents lie in one piece."""
+    index_S = torch.arange(documents_BS.shape[1], device=documents_BS.device)
+    begins_BS = torch.ones_like(documents_BS, dtype=torch.bool)
+    begins_BS[:, 1:] = documents_BS[:, 1:] != documents_BS[:, :-1]
+    return index_S - (index_S * begins_BS).cummax(1).values
 
 
 def loss_parts(logits_BTV: Tensor, targets_BT: Tensor, told: list[Extras]) -> LossParts:

@@ -19,6 +19,6 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad and parameter not in seen:
                 seen.add(parameter)
-                groups["no_decay" if table or name == "bias" else "decay"].append(parameter)
+                groups["no_decay" if table or name == "bias" or parameter.dim() < 2 else "decay"].append(parameter)
     decays = {"decay": weight_decay, "no_decay": 0.0}
     return [{"name": key, "params": group, "weight_decay": decays[key]} for key, group in groups.items() if group]

@@ -18,6 +18,16 @@ from mosaic_dist.model import GroupedLinear
 from mosaic_dist.parallel.engine import Engine
 
 
+def buffers(engine: Engine) -> dict[str, Tensor]:
+    """Buffers of the model that are part of its state, by name; the same on all ranks."""
+    found = {}
+    for module_name, module in engine.model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                found[f"{module_name}.{name}"] = buffer
+    return found
+
+
 class Shard(NamedTuple):
     """Elements [start, start + length) of the flattened global tensor `name` are `flat[offset : offset + length]`."""
 

@@ -1,6 +1,8 @@
 """Causal attentions, one kind per file."""
 
-from mosaic_dist.model.attention.attention import Attention
-from mosaic_dist.model.attention.mha import MHA
+from mosaic_dist.model.attention.attention import Attention, AttentionModule, Sight
+from mosaic_dist.model.attention.linear import LinearAttention
+from mosaic_dist.model.attention.mla import MLA
+from mosaic_dist.model.attention.softmax import GQA, MHA, MQA, SoftmaxAttention
 
-__all__ = ["MHA", "Attention"]
+__all__ = ["GQA", "MHA", "MLA", "MQA", "Attention", "AttentionModule", "LinearAttention", "Sight", "SoftmaxAttention"]

@@ -1,34 +1,110 @@
-"""What every kind of attention is, and the two ways to compute softmax attention."""
+"""What every kind of attention is given: which tokens it may see, and what it keeps of those that went before."""
 
-import math
+import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from mosaic_dist.model.position import Position
 from mosaic_dist.spec import Spec
 
 
 class Attention(Spec):
     """Family of causal attentions."""
 
-    def build(self, dim: int) -> nn.Module:
-        """Module mapping [B, T, dim] to [B, T, dim], where token t sees tokens 0 ... t only."""
+    def build(self, dim: int, position: Position) -> "AttentionModule":
+        """Module mapping [B, T, dim] to [B, T, dim], where a token sees itself and what came before."""
         raise TypeError(f"{type(self).__name__} cannot be built: choose a kind of attention")
 
 
-def sdpa_attention(q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor, dropout: float) -> Tensor:
-    """Causal softmax attention by PyTorch's fused kernels; memory linear in T where a flash kernel applies."""
-    return functional.scaled_dot_product_attention(q_BNTH, k_BNTH, v_BNTH, dropout_p=dropout, is_causal=True)
+@dataclasses.dataclass
+class Sight:
+    """The tokens of one forward pass, the same for all layers.
+
+    `index_T` numbers the T tokens at hand from the beginning of the sequence; the S tokens up to the last of them,
+    cached ones included, have `positions_BS` and, where a sequence holds several documents, `documents_BS`. A token
+    sees the tokens of its own document with its own index or a lower one. B is 1 where all sequences are alike.
+    """
+
+    index_T: Tensor
+    positions_BS: Tensor
+    documents_BS: Tensor | None = None
+
+    @property
+    def positions_BT(self) -> Tensor:
+        """Positions of the tokens at hand."""
+        return self.positions_BS[:, self.index_T]
+
+    @property
+    def documents_BT(self) -> Tensor | None:
+        """Documents of the tokens at hand."""
+        return None if self.documents_BS is None else self.documents_BS[:, self.index_T]
+
+    def visible(self, index_S: Tensor, window: int | None = None) -> Tensor:
+        """Which of the keys with these indexes each token sees, bool [B, 1, T, S]; at most the last `window` ones."""
+        distance_TS = self.index_T[:, None] - index_S[None, :]
+        seen_TS = distance_TS >= 0
+        if window is not None:
+            seen_TS &= distance_TS < window
+        if self.documents_BS is None:
+            return seen_TS[None, None]
+        same_BTS = self.documents_BS[:, self.index_T, None] == self.documents_BS[:, None, index_S]
+        return (seen_TS & same_BTS)[:, None]
+
+    def is_plain(self, index_S: Tensor, window: int | None = None) -> bool:
+        """Whether `visible` is the plain lower triangle, for which kernels need no mask."""
+        T = len(self.index_T)
+        return self.documents_BS is None and len(index_S) == T and (window is None or window >= T)
 
 
-def explicit_attention(q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor, dropout: float) -> Tensor:
-    """The same with the [T, T] mask and scores written out; softmax in float32. For reading and for tests."""
-    scores_BNTT = q_BNTH @ k_BNTH.transpose(-2, -1) / math.sqrt(q_BNTH.shape[-1])
-    T = q_BNTH.shape[-2]
-    visible_TT = torch.ones(T, T, dtype=torch.bool, device=q_BNTH.device).tril()
-    weights_BNTT = scores_BNTT.float().masked_fill(~visible_TT, -math.inf).softmax(-1).to(q_BNTH.dtype)
-    return functional.dropout(weights_BNTT, dropout, training=dropout > 0) @ v_BNTH
+class AttentionModule(nn.Module):
+    """Base of attention modules."""
+
+    def forward(self, x_BTD: Tensor, sight: Sight, cache: Any = None) -> Tensor:
+        """x_BTD -> [B, T, D]. With a cache, the tokens at hand follow those in it, and join them."""
+        raise TypeError(f"{type(self).__name__} has no forward")
+
+    def score_flops(self, seq_len: int) -> float:
+        """Operations per token of a forward pass that are not products with weights: scores, and sums of values."""
+        raise TypeError(f"{type(self).__name__} does not tell its operations")
+
+    def new_cache(self, batch: int, capacity: int) -> Any:
+        """An empty cache for `batch` sequences of up to `capacity` tokens; storage is made at first use."""
+        return RingCache(capacity)
 
 
-KERNELS = {"sdpa": sdpa_attention, "explicit": explicit_attention}
+def mean_visible(seq_len: int, window: int | None) -> float:
+    """Keys that a token sees on average, counted as half a square (and a band where there is a window)."""
+    if window is None or window >= seq_len:
+        return seq_len / 2
+    return window - window**2 / (2 * seq_len)
+
+
+class RingCache:
+    """Tensors [B, S, ...] of past tokens: the last `slots` of them, the oldest overwritten first."""
+
+    def __init__(self, slots: int):
+        self.slots = slots
+        self.index_S = torch.empty(0, dtype=torch.int64)
+        self._store: list[Tensor] = []
+
+    def extend(self, index_T: Tensor, *new_BT: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Add tokens by index; returns the indexes and tensors of what was there and the new ones, in any order."""
+        if not self._store:
+            self._store = [new.new_zeros(new.shape[0], self.slots, *new.shape[2:]) for new in new_BT]
+            self.index_S = index_T.new_full((self.slots,), -1)
+        there_S = (self.index_S >= 0).nonzero().flatten()
+        index_S = torch.cat([self.index_S[there_S], index_T])
+        whole = [torch.cat([old[:, there_S], new], 1) for old, new in zip(self._store, new_BT, strict=True)]
+        kept_T = index_T[-self.slots :]
+        slot_T = kept_T % self.slots
+        self.index_S[slot_T] = kept_T
+        for old, new in zip(self._store, new_BT, strict=True):
+            old[:, slot_T] = new[:, -self.slots :]
+        return index_S, whole
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored tensors."""
+        return sum(tensor.nbytes for tensor in self._store)

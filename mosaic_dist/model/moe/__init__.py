@@ -1,6 +1,21 @@
-"""Mixture of experts: router, exchange and experts."""
+"""Mixture of experts: router, exchange and experts. One kind of router per file."""
 
 from mosaic_dist.model.moe.exchange import LocalExchange
-from mosaic_dist.model.moe.moe import MixtureOfExperts, MoE
+from mosaic_dist.model.moe.moe import Mixture, MixtureOfExperts, MoE, MoESwiGLU
+from mosaic_dist.model.moe.router import Router, Routing
+from mosaic_dist.model.moe.sigmoid_top_k import SigmoidTopK
+from mosaic_dist.model.moe.softmax_top_k import SoftmaxTopK
+from mosaic_dist.model.moe.top_k_softmax import TopKSoftmax
 
-__all__ = ["LocalExchange", "MixtureOfExperts", "MoE"]
+__all__ = [
+    "LocalExchange",
+    "Mixture",
+    "MixtureOfExperts",
+    "MoE",
+    "MoESwiGLU",
+    "Router",
+    "Routing",
+    "SigmoidTopK",
+    "SoftmaxTopK",
+    "TopKSoftmax",
+]

@@ -1,32 +1,40 @@
-"""Mixture of experts: each token passes the `top_k` experts that its router chooses."""
+"""Mixture of experts: each token passes the `top_k` experts that its router chooses, and the shared ones."""
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mosaic_dist.model.ffn.ffn import FFN, DenseFFN, Extras
-from mosaic_dist.model.linear import GroupedLinear
+from mosaic_dist.model.ffn import FFN, DenseFFN, Extras, SwiGLU
 from mosaic_dist.model.moe.exchange import LocalExchange
 from mosaic_dist.model.moe.router import Router, switch_balance_loss
-from mosaic_dist.spec import NonNegativeFloat, Positive, SpecError
+from mosaic_dist.model.moe.softmax_top_k import SoftmaxTopK
+from mosaic_dist.spec import NonNegative, NonNegativeFloat, Positive, SpecError, at, fields
 
 
-class MoE(FFN, type="moe"):
-    """Dropless token-choice mixture over any dense network (Shazeer et al., arXiv 1701.06538).
+class Mixture(FFN):
+    """Dropless token-choice mixture (Shazeer et al., arXiv 1701.06538): all of a mixture but what its experts are.
 
-    Each expert has width `expert.width / split`: with `split = experts` a dense network is cut into experts of the
-    same total size (split experts); DeepSeekMoE's fine-grained experts are `experts = macro * split`.
-    `balance_weight` is the factor of the Switch balance loss.
+    Each expert has the width of the expert spec divided by `split`: with `split = experts` a dense network is cut into
+    experts of the same total size (split experts); DeepSeekMoE's fine-grained experts (arXiv 2401.06066) are
+    `experts = macro * split`. Its shared experts are those that every token passes beside the chosen ones, each as
+    wide as a routed one. `router_bias` gives the router's logits a learned bias. `balance_weight` is the factor of the
+    balance loss.
     """
 
-    expert: DenseFFN
     experts: Positive
     top_k: Positive = 2
+    shared_experts: NonNegative = 0
     split: Positive = 1
+    router: Router = SoftmaxTopK()
+    router_bias: bool = False
     balance_weight: NonNegativeFloat = 0.01
-    normalize_weights: bool = True
+
+
+class MoE(Mixture, type="moe"):
+    """Mixture over any dense network."""
+
+    expert: DenseFFN
 
     def check(self) -> None:
         """`top_k` of `experts` can be chosen and `split` divides the width."""
@@ -34,23 +42,47 @@ class MoE(FFN, type="moe"):
             raise SpecError("top_k", f"{self.top_k} experts per token, but there are {self.experts} experts")
         if self.expert.width % self.split:
             raise SpecError("split", f"{self.split} must divide the expert's width ({self.expert.width})")
+        with at("router"):
+            self.router.check_choice(self.experts, self.top_k)
 
     def build(self, dim: int) -> nn.Module:
-        """router [experts, dim] and stacked expert weights [experts, inputs, outputs]."""
+        """See `MixtureOfExperts`."""
         return MixtureOfExperts(self, dim)
 
 
+class MoESwiGLU(Mixture, type="moe_swiglu"):
+    """Short form of a mixture whose experts are SwiGLU networks of hidden width `width`."""
+
+    width: Positive
+
+    def check(self) -> None:
+        """The long form is well-formed."""
+        self.written_out()
+
+    def written_out(self) -> MoE:
+        """The long form."""
+        return MoE(expert=SwiGLU(width=self.width), **{name: getattr(self, name) for name in fields(Mixture)})
+
+    def build(self, dim: int) -> nn.Module:
+        """The module of the long form."""
+        return self.written_out().build(dim)
+
+
 class MixtureOfExperts(nn.Module):
-    """See `MoE`. Router, exchange and experts are siblings: `exchange` can be replaced without touching the others."""
+    """See `Mixture`. Router, exchange and experts are siblings: `exchange` can be replaced without touching the others.
+
+    router.weight [experts, dim]; the weights of `experts` are stacked, [experts, inputs, outputs]; `shared` is one
+    network as wide as all shared experts together, or None: their sum, with one output bias and one ternary scale.
+    """
 
     def __init__(self, spec: MoE, dim: int):
         super().__init__()
         self.spec = spec
-        self.router = Router(dim, spec.experts, spec.top_k, spec.normalize_weights)
+        width = spec.expert.width // spec.split
+        self.router = spec.router.build(dim, spec.experts, spec.top_k, spec.router_bias)
         self.exchange: Any = LocalExchange()
-        self.experts = spec.expert.build_with(
-            dim, spec.expert.width // spec.split, partial(GroupedLinear, spec.experts)
-        )
+        self.experts = spec.expert.build_experts(dim, width, spec.experts)
+        self.shared = spec.expert.build_network(dim, spec.shared_experts * width) if spec.shared_experts else None
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Extras]:
         """x_BTD -> ([B, T, D], {balance_loss: scalar, expert_load: [E] int64 choices per expert})."""
@@ -66,5 +98,7 @@ class MixtureOfExperts(nn.Module):
         back_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
         chosen_SKD = rows_RD[back_R].unflatten(0, (-1, K))
         out_SD = (weights_SK[..., None].to(chosen_SKD.dtype) * chosen_SKD).sum(1)
+        if self.shared is not None:
+            out_SD = out_SD + self.shared(x_SD)
         balance = self.spec.balance_weight * switch_balance_loss(probs_SE, counts_E)
         return out_SD.view_as(x_BTD), {"balance_loss": balance, "expert_load": counts_E}

@@ -1,4 +1,4 @@
-"""Token-choice routing: which experts a token goes to, and with what weight."""
+"""Token-choice routing: which experts a token goes to, and with what weight. What every kind of router is."""
 
 from typing import NamedTuple
 
@@ -6,36 +6,51 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mosaic_dist.spec import Spec
+
+
+class Router(Spec):
+    """Family of routers."""
+
+    def check_choice(self, experts: int, top_k: int) -> None:
+        """Refuse numbers of experts and choices that this kind cannot serve: raise `SpecError(field, reason)`."""
+
+    def build(self, dim: int, experts: int, top_k: int, bias: bool) -> "RouterModule":
+        """Module mapping x_SD to `Routing`."""
+        raise TypeError(f"{type(self).__name__} cannot be built: choose a kind of router")
+
 
 class Routing(NamedTuple):
     """The choices of S tokens among E experts, K each."""
 
     probs_SE: Tensor
-    """Softmax over all experts, float32."""
+    """Share of each expert in each token's scores, float32, summing to one over E: for the balance loss."""
     weights_SK: Tensor
     """Weight of each chosen expert, float32, with gradient."""
     experts_SK: Tensor
     """Index of each chosen expert, int64."""
 
 
-class Router(nn.Module):
-    """Softmax over all experts, then the `top_k` largest; computed in float32 (Switch, arXiv 2101.03961).
+class RouterModule(nn.Module):
+    """A linear layer to one logit per expert, in float32 (Switch, arXiv 2101.03961); kinds differ in the choice.
 
-    With `normalize` the weights of the chosen experts are scaled to sum to one (Mixtral, arXiv 2401.04088).
+    weight [experts, dim], bias [experts] where asked (gpt-oss).
     """
 
-    def __init__(self, dim: int, experts: int, top_k: int, normalize: bool):
+    def __init__(self, dim: int, experts: int, top_k: int, bias: bool):
         super().__init__()
-        self.top_k, self.normalize = top_k, normalize
+        self.top_k = top_k
         self.weight = nn.Parameter(torch.empty(experts, dim))
+        self.bias = nn.Parameter(torch.empty(experts)) if bias else None
 
     def forward(self, x_SD: Tensor) -> Routing:
         """x_SD -> Routing."""
-        probs_SE = functional.linear(x_SD.float(), self.weight.float()).softmax(-1)
-        weights_SK, experts_SK = probs_SE.topk(self.top_k, dim=-1)
-        if self.normalize:
-            weights_SK = weights_SK / weights_SK.sum(-1, keepdim=True)
-        return Routing(probs_SE, weights_SK, experts_SK)
+        bias_E = None if self.bias is None else self.bias.float()
+        return self.choose(functional.linear(x_SD.float(), self.weight.float(), bias_E))
+
+    def choose(self, logits_SE: Tensor) -> Routing:
+        """Float32 logits -> Routing."""
+        raise NotImplementedError
 
 
 def switch_balance_loss(probs_SE: Tensor, counts_E: Tensor) -> Tensor:

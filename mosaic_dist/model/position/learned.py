@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from mosaic_dist.model.linear import embed
 from mosaic_dist.model.position.position import Position, PositionModule
 
 
@@ -23,6 +24,6 @@ class LearnedPosition(PositionModule):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(context, dim))
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        """Add weight[t] to token t."""
-        return x_BTD + self.weight[: x_BTD.shape[1]]
+    def forward(self, x_BTD: Tensor, positions_BT: Tensor) -> Tensor:
+        """Add weight[p] to the token at position p."""
+        return x_BTD + embed(self.weight, positions_BT)

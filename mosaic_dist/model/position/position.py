@@ -1,29 +1,41 @@
-"""What every kind of position offers to the model."""
+"""What every kind of position offers: to the embeddings, to queries and keys, or to the scores."""
 
 from torch import Tensor, nn
 
 from mosaic_dist.spec import Spec
 
 
-class Position(Spec):
-    """Family of position encodings."""
+class HeadPosition:
+    """What a kind of position does inside attention: nothing, unless it says otherwise. Has no parameters."""
 
-    def build(self, dim: int, context: int) -> "PositionModule":
-        """Module for sequences of up to `context` tokens."""
-        raise TypeError(f"{type(self).__name__} cannot be built: choose a kind of position")
+    def rotate(self, x_BTNH: Tensor, positions_BT: Tensor) -> Tensor:
+        """Queries or keys with positions in them."""
+        return x_BTNH
+
+    def bias(self, queries_BT: Tensor, keys_BS: Tensor) -> Tensor | None:
+        """What is added to the scores, [B, N, T, S], for positions of queries and keys; None for nothing."""
+        return None
 
 
 class PositionModule(nn.Module):
-    """Adds nothing: the base, and the encoding of models without positions."""
+    """What a kind of position does to the embeddings: nothing, unless it says otherwise."""
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        """Embeddings of tokens 0 ... T-1 -> the same with positions."""
+    def forward(self, x_BTD: Tensor, positions_BT: Tensor) -> Tensor:
+        """Embeddings of tokens at these positions (B may be 1) -> the same with positions."""
         return x_BTD
+
+
+class Position(Spec):
+    """Family of position encodings."""
+
+    def build(self, dim: int, context: int) -> PositionModule:
+        """What is done to the embeddings, for positions below `context`."""
+        return PositionModule()
+
+    def for_heads(self, heads: int, head_width: int) -> HeadPosition:
+        """What is done in an attention with so many heads of such a width."""
+        return HeadPosition()
 
 
 class NoPosition(Position, type="none"):
     """No position encoding; causal attention alone tells the order (Haviv et al., arXiv 2203.16634)."""
-
-    def build(self, dim: int, context: int) -> PositionModule:
-        """Nothing to learn."""
-        return PositionModule()

@@ -1,0 +1,124 @@
+"""Multi-head, grouped-query and multi-query attention: one implementation over the number of key-value heads.
+
+MHA: Vaswani et al., arXiv 1706.03762. MQA: Shazeer, arXiv 1911.02150. GQA: Ainslie et al., arXiv 2305.13245.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from mosaic_dist.model.attention.attention import Attention, AttentionModule, RingCache, Sight, mean_visible
+from mosaic_dist.model.attention.kernel import Kernel, attend
+from mosaic_dist.model.linear import Linear
+from mosaic_dist.model.position import Position
+from mosaic_dist.spec import Fraction, Positive, PositiveFloat, SpecError
+
+
+class SoftmaxAttention(Attention):
+    """What MHA, GQA and MQA have in common.
+
+    `head_width` is dim / heads unless given. `bias` is that of queries, keys and values, `output_bias` (None: the same)
+    of the output. `qk_norm` applies RMSNorm with a gain to each head's queries and keys (Dehghani et al., arXiv
+    2302.05442). `window`: a token sees only so many tokens, itself included. For `sinks`, `soft_cap` and `kernel` see
+    `kernel.attend`.
+    """
+
+    heads: Positive
+    head_width: Positive | None = None
+    bias: bool = False
+    output_bias: bool | None = None
+    qk_norm: bool = False
+    window: Positive | None = None
+    sinks: bool = False
+    soft_cap: PositiveFloat | None = None
+    dropout: Fraction = 0.0
+    kernel: Kernel = "sdpa"
+
+    def key_value_heads(self) -> int:
+        """G, which divides `heads`."""
+        return self.heads
+
+    def check(self) -> None:
+        """Heads divide into groups; a soft cap has its kernel."""
+        if self.heads % self.key_value_heads():
+            raise SpecError("kv_heads", f"{self.key_value_heads()} key-value heads must divide {self.heads} heads")
+        if self.soft_cap is not None and self.kernel == "sdpa":
+            raise SpecError("soft_cap", "PyTorch's fused attention has no soft cap; use kernel 'explicit', or none")
+
+    def build(self, dim: int, position: Position) -> "MultiHeadAttention":
+        """query [N*H, dim], key and value [G*H, dim], output [dim, N*H]."""
+        if self.head_width is None and dim % self.heads:
+            raise SpecError("heads", f"{self.heads} heads must divide the model's width ({dim}), or give head_width")
+        return MultiHeadAttention(self, dim, position)
+
+
+class MHA(SoftmaxAttention, type="mha"):
+    """Every head has keys and values of its own."""
+
+
+class GQA(SoftmaxAttention, type="gqa"):
+    """`kv_heads` key-value heads, each shared by heads / kv_heads query heads."""
+
+    kv_heads: Positive
+
+    def key_value_heads(self) -> int:
+        """As given."""
+        return self.kv_heads
+
+
+class MQA(SoftmaxAttention, type="mqa"):
+    """One key-value head for all query heads."""
+
+    def key_value_heads(self) -> int:
+        """One."""
+        return 1
+
+
+class MultiHeadAttention(AttentionModule):
+    """See `SoftmaxAttention`."""
+
+    def __init__(self, spec: SoftmaxAttention, dim: int, position: Position):
+        super().__init__()
+        self.spec = spec
+        self.head_width = spec.head_width or dim // spec.heads
+        inner, groups = spec.heads * self.head_width, spec.key_value_heads() * self.head_width
+        self.position = position.for_heads(spec.heads, self.head_width)
+        self.query = Linear(dim, inner, bias=spec.bias)
+        self.key, self.value = Linear(dim, groups, bias=spec.bias), Linear(dim, groups, bias=spec.bias)
+        output_bias = spec.bias if spec.output_bias is None else spec.output_bias
+        self.output = Linear(inner, dim, bias=output_bias, residual=True)
+        self.query_norm = nn.RMSNorm(self.head_width, eps=1e-6) if spec.qk_norm else nn.Identity()
+        self.key_norm = nn.RMSNorm(self.head_width, eps=1e-6) if spec.qk_norm else nn.Identity()
+        self.sinks = nn.Parameter(torch.empty(spec.heads)) if spec.sinks else None
+
+    def forward(self, x_BTD: Tensor, sight: Sight, cache: RingCache | None = None) -> Tensor:
+        """See `AttentionModule.forward`."""
+        q_BTNH, k_BTGH, v_BTGH = (
+            layer(x_BTD).unflatten(-1, (-1, self.head_width)) for layer in (self.query, self.key, self.value)
+        )
+        q_BTNH = self.position.rotate(self.query_norm(q_BTNH), sight.positions_BT)
+        k_BSGH, v_BSGH = self.position.rotate(self.key_norm(k_BTGH), sight.positions_BT), v_BTGH
+        index_S = sight.index_T
+        if cache is not None:
+            index_S, (k_BSGH, v_BSGH) = cache.extend(sight.index_T, k_BSGH, v_BSGH)
+        out_BNTH = attend(
+            q_BTNH.transpose(1, 2),
+            k_BSGH.transpose(1, 2),
+            v_BSGH.transpose(1, 2),
+            visible=None
+            if cache is None and sight.is_plain(index_S, self.spec.window)
+            else sight.visible(index_S, self.spec.window),
+            bias=self.position.bias(sight.positions_BT, sight.positions_BS[:, index_S]),
+            sinks_N=self.sinks,
+            soft_cap=self.spec.soft_cap,
+            dropout=self.spec.dropout if self.training else 0.0,
+            kernel=self.spec.kernel,
+        )
+        return self.output(out_BNTH.transpose(1, 2).flatten(2))
+
+    def score_flops(self, seq_len: int) -> float:
+        """Two products with every visible key, as wide as the heads."""
+        return 4 * mean_visible(seq_len, self.spec.window) * self.spec.heads * self.head_width
+
+    def new_cache(self, batch: int, capacity: int) -> RingCache:
+        """Keys and values of all tokens, or of the window."""
+        return RingCache(min(capacity, self.spec.window or capacity))

@@ -1,0 +1,77 @@
+"""Router: a sigmoid score per expert, corrected for the choice (DeepSeek-V3, arXiv 2412.19437, section 2.1.2)."""
+
+import torch
+from torch import Tensor
+
+from mosaic_dist.model.moe.router import Router, RouterModule, Routing
+from mosaic_dist.spec import Positive, PositiveFloat, SpecError
+
+GROUP_SCORES = 2
+"""A group is as good as the sum of its best two experts (DeepSeek-V3's reference code, `inference/model.py`)."""
+
+
+class SigmoidTopK(Router, type="sigmoid_top_k"):
+    """Sigmoid scores; the `top_k` best of score + correction are chosen, and weigh in by their score alone.
+
+    The correction of each expert is a buffer outside the gradient, zero at the start, that balances the load without a
+    loss when training moves it (arXiv 2408.15664). With `normalize` the weights of a token sum to `scale`, else each is
+    the score times `scale`. With `groups` the experts lie in that many groups of neighbours and only the best
+    `top_groups` of them are chosen from.
+
+    The balance loss sees the scores divided by their sum over all experts (arXiv 2412.19437, equations 17 to 20), but
+    over the micro-batch instead of each sequence, and counts the choices that were made, correction included.
+    """
+
+    normalize: bool = True
+    scale: PositiveFloat = 1.0
+    groups: Positive = 1
+    top_groups: Positive = 1
+
+    def check_choice(self, experts: int, top_k: int) -> None:
+        """The groups are equal, and enough experts are left in the best of them."""
+        if experts % self.groups:
+            raise SpecError("groups", f"{self.groups} must divide the experts ({experts})")
+        if self.top_groups > self.groups:
+            raise SpecError("top_groups", f"{self.top_groups} groups to choose, but there are {self.groups} groups")
+        left = experts // self.groups * self.top_groups
+        if top_k > left:
+            raise SpecError("top_groups", f"{self.top_groups} leaves {left} experts, but top_k is {top_k}")
+
+    def build(self, dim: int, experts: int, top_k: int, bias: bool) -> RouterModule:
+        """See `SigmoidTopKRouter`."""
+        return SigmoidTopKRouter(self, dim, experts, top_k, bias)
+
+
+class SigmoidTopKRouter(RouterModule):
+    """See `SigmoidTopK`. Buffer `correction` [experts] float32, part of the state of a run.
+
+    It is made on the CPU whatever the default device: on the meta device it would have no zeros to start from.
+    """
+
+    correction: Tensor
+
+    def __init__(self, spec: SigmoidTopK, dim: int, experts: int, top_k: int, bias: bool):
+        super().__init__(dim, experts, top_k, bias)
+        self.spec = spec
+        self.register_buffer("correction", torch.zeros(experts, dtype=torch.float32, device="cpu"))
+
+    def choose(self, logits_SE: Tensor) -> Routing:
+        """See `SigmoidTopK`."""
+        scores_SE = logits_SE.sigmoid()
+        experts_SK = self._best(scores_SE.detach() + self.correction)
+        weights_SK = scores_SE.gather(-1, experts_SK)
+        if self.spec.normalize:
+            weights_SK = weights_SK / (weights_SK.sum(-1, keepdim=True) + 1e-20)  # all scores can underflow
+        shares_SE = scores_SE / (scores_SE.sum(-1, keepdim=True) + 1e-20)
+        return Routing(shares_SE, weights_SK * self.spec.scale, experts_SK)
+
+    def _best(self, scores_SE: Tensor) -> Tensor:
+        """Indices of the best experts of the best groups, [S, K]."""
+        if self.spec.groups > 1:
+            grouped = scores_SE.unflatten(-1, (self.spec.groups, -1))  # [S, groups, experts of a group]
+            merit = grouped.topk(min(GROUP_SCORES, grouped.shape[-1]), dim=-1).values.sum(-1)
+            best = merit.topk(self.spec.top_groups, dim=-1).indices
+            left_out = torch.ones_like(merit, dtype=torch.bool).scatter(-1, best, False)
+            # -inf as in the reference code; the 0 of some others would win over a corrected score below it
+            scores_SE = grouped.masked_fill(left_out[..., None], -torch.inf).flatten(-2)
+        return scores_SE.topk(self.top_k, dim=-1).indices

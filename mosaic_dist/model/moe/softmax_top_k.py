@@ -1,0 +1,35 @@
+"""Router: softmax over all experts, then the best (Switch, arXiv 2101.03961; OLMoE, arXiv 2409.02060)."""
+
+from torch import Tensor
+
+from mosaic_dist.model.moe.router import Router, RouterModule, Routing
+
+
+class SoftmaxTopK(Router, type="softmax_top_k"):
+    """Softmax over all experts; the `top_k` largest probabilities are the weights.
+
+    With `normalize` the weights of a token are scaled to sum to one; with one choice they are then all 1, and only the
+    balance loss trains the router.
+    """
+
+    normalize: bool = True
+
+    def build(self, dim: int, experts: int, top_k: int, bias: bool) -> RouterModule:
+        """See `SoftmaxTopKRouter`."""
+        return SoftmaxTopKRouter(dim, experts, top_k, bias, self.normalize)
+
+
+class SoftmaxTopKRouter(RouterModule):
+    """See `SoftmaxTopK`."""
+
+    def __init__(self, dim: int, experts: int, top_k: int, bias: bool, normalize: bool):
+        super().__init__(dim, experts, top_k, bias)
+        self.normalize = normalize
+
+    def choose(self, logits_SE: Tensor) -> Routing:
+        """See `SoftmaxTopK`."""
+        probs_SE = logits_SE.softmax(-1)
+        weights_SK, experts_SK = probs_SE.topk(self.top_k, dim=-1)
+        if self.normalize:
+            weights_SK = weights_SK / weights_SK.sum(-1, keepdim=True)
+        return Routing(probs_SE, weights_SK, experts_SK)

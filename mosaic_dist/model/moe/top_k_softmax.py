@@ -1,0 +1,26 @@
+"""Router: the best logits, then softmax over these (Mixtral, arXiv 2401.04088; gpt-oss, arXiv 2508.10925)."""
+
+from torch import Tensor
+
+from mosaic_dist.model.moe.router import Router, RouterModule, Routing
+
+
+class TopKSoftmax(Router, type="top_k_softmax"):
+    """The `top_k` largest logits; their softmax is the weights.
+
+    On paper this is `softmax_top_k` with normalised weights. In floats it is not where probabilities underflow: logits
+    are still told apart there. The balance loss sees the softmax over all experts, as Mixtral's does.
+    """
+
+    def build(self, dim: int, experts: int, top_k: int, bias: bool) -> RouterModule:
+        """See `TopKSoftmaxRouter`."""
+        return TopKSoftmaxRouter(dim, experts, top_k, bias)
+
+
+class TopKSoftmaxRouter(RouterModule):
+    """See `TopKSoftmax`."""
+
+    def choose(self, logits_SE: Tensor) -> Routing:
+        """See `TopKSoftmax`."""
+        best_SK, experts_SK = logits_SE.topk(self.top_k, dim=-1)
+        return Routing(logits_SE.softmax(-1), best_SK.softmax(-1), experts_SK)

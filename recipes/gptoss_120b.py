@@ -1,0 +1,22 @@
+"""A 120B mixture-of-experts model in the style of GPT-OSS: 16 experts of which each token takes 2.
+
+64 layers, width 4096, 64 heads over 8 key-value heads; vocabulary and context as in `gptoss_20b`. The expert width
+makes the total 120B; an eighth of the expert weights are active, 18.6B in all.
+"""
+
+from dataclasses import replace
+
+from gptoss_20b import run
+
+from mosaic_dist.model import GQA, Block, MoE, SwiGLU
+from mosaic_dist.run import main
+
+block = Block(
+    attention=GQA(heads=64, kv_heads=8, head_width=64),
+    ffn=MoE(expert=SwiGLU(width=9216), experts=16, top_k=2, balance_weight=0.01),
+)
+model = replace(run.model, dim=4096, blocks=64 * (block,))
+run = replace(run, name="gptoss_120b", model=model, optimizer=replace(run.optimizer, learning_rate=1.5e-4))
+
+if __name__ == "__main__":
+    main(run)

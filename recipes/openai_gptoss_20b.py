@@ -1,0 +1,30 @@
+"""The released gpt-oss-20b architecture (OpenAI, arXiv 2508.10925): 20.91B parameters, 3.61B active.
+
+24 layers, width 2880, 64 heads of 64 over 8 key-value heads with biases and attention sinks, every other layer in a
+window of 128; 32 experts of 2880 with biases and clamped SwiGLU, 4 per token; YaRN from 4,096 to 131,072 tokens.
+"""
+
+from dataclasses import replace
+
+from gptoss_20b import run
+
+from mosaic_dist.model import GQA, Block, ClampedSwiGLU, MoE, RMSNorm, RoPE, TopKSoftmax, YaRN
+from mosaic_dist.run import main
+
+sliding = Block(
+    attention=GQA(heads=64, kv_heads=8, head_width=64, bias=True, sinks=True, window=128),
+    ffn=MoE(expert=ClampedSwiGLU(width=2880, bias=True), experts=32, top_k=4, router=TopKSoftmax(), router_bias=True),
+)
+full = replace(sliding, attention=replace(sliding.attention, window=None))
+model = replace(
+    run.model,
+    vocab=201_088,
+    dim=2880,
+    position=RoPE(base=150_000.0, scaling=YaRN(factor=32.0, original_context=4096, truncate=False)),
+    norm=RMSNorm(eps=1e-5),
+    blocks=12 * (sliding, full),
+)
+run = replace(run, name="openai_gptoss_20b", model=model)
+
+if __name__ == "__main__":
+    main(run)

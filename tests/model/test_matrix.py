@@ -1,0 +1,104 @@
+"""Every attention with every position, norm and head learns, and generates with a cache as without, or says why not."""
+
+import itertools
+
+import pytest
+import torch
+
+from mosaic_dist.model import (
+    GQA,
+    MHA,
+    MLA,
+    MQA,
+    ALiBi,
+    Block,
+    DecoupledRoPE,
+    Factored,
+    FactoredOutput,
+    LayerNorm,
+    Learned,
+    LinearAttention,
+    MoE,
+    NoPosition,
+    RMSNorm,
+    RoPE,
+    Sinusoidal,
+    SwiGLU,
+    Table,
+    Tied,
+    Transformer,
+    Untied,
+    YaRN,
+)
+from mosaic_dist.spec import SpecError
+
+ATTENTIONS = {
+    "mha": MHA(heads=4),
+    "gqa": GQA(heads=4, kv_heads=2, qk_norm=True),
+    "mqa": MQA(heads=4, window=5, sinks=True),
+    "mla": MLA(heads=4, kv_compression_dim=8, q_compression_dim=12),
+    "linear": LinearAttention(heads=4, chunk=4),
+}
+POSITIONS = {
+    "learned": Learned(),
+    "sinusoidal": Sinusoidal(),
+    "rope": RoPE(scaling=YaRN(factor=4.0, original_context=8)),
+    "decoupled": DecoupledRoPE(width=4),
+    "alibi": ALiBi(),
+    "none": NoPosition(),
+}
+REFUSED = {("linear", "alibi"), ("mla", "rope"), *((a, "decoupled") for a in ATTENTIONS if a != "mla")}
+SHELLS = [
+    (RMSNorm(), Tied(), Table()),
+    (LayerNorm(), Untied(), Factored(rank=8)),
+    (RMSNorm(), FactoredOutput(rank=8), Table()),
+]
+PAIRS = list(itertools.product(ATTENTIONS, POSITIONS))
+
+
+def make(attention: str, position: str, shell: int = 0) -> Transformer:
+    norm, head, embedding = SHELLS[shell]
+    dense, sparse = SwiGLU(width=24), MoE(expert=SwiGLU(width=16), experts=4, top_k=2)
+    return Transformer(
+        vocab=23, dim=16, context=16, embedding=embedding, norm=norm, head=head, position=POSITIONS[position],
+        blocks=tuple(Block(attention=ATTENTIONS[attention], ffn=ffn) for ffn in (dense, sparse)),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("attention", "position"), [pair for pair in PAIRS if pair not in REFUSED])
+def test_it_learns_and_its_cache_changes_nothing(attention, position):
+    for shell in range(len(SHELLS)):
+        model = make(attention, position, shell).build_initialized(0)
+        tokens = torch.randint(0, 23, (3, 13), generator=torch.Generator().manual_seed(1))
+        documents = torch.arange(13).div(6, rounding_mode="floor").expand(3, -1)
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+        losses = []
+        for _ in range(3):
+            parts = model(tokens[:, :-1], tokens[:, 1:], documents[:, :-1])
+            loss = parts.cross_entropy_sum / 36 + parts.auxiliary
+            optimizer.zero_grad()
+            loss.backward()
+            assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[2] < losses[0]
+        check_cache(model, tokens, documents)
+        check_cache(model, tokens, None)
+
+
+@torch.no_grad()
+def check_cache(model, tokens, documents):
+    """Logits of a prompt of 5, then one by one, then 3 at once, equal those of all tokens at once."""
+    whole = model(tokens, documents_BT=documents)
+    cache, got = model.new_cache(3), []
+    for begin, end in [(0, 5), *((t, t + 1) for t in range(5, 10)), (10, 13)]:
+        part = None if documents is None else documents[:, begin:end]
+        got.append(model(tokens[:, begin:end], documents_BT=part, cache=cache))
+    torch.testing.assert_close(torch.cat(got, 1), whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("attention", "position"), sorted(REFUSED))
+def test_what_cannot_be_says_why(attention, position):
+    with pytest.raises(SpecError, match="use ") as caught:
+        make(attention, position)
+    assert caught.value.path == "blocks[0].attention"
