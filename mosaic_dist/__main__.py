@@ -1,18 +1,22 @@
 """`python -m mosaic_dist COMMAND`: what is done with a run after training."""
 
+import json
 from pathlib import Path
 from typing import Literal
 
 from mosaic_dist.checkpoint import Checkpoint, newest
 from mosaic_dist.cli import run_subcommand
 from mosaic_dist.convert import export_checkpoint, load_exported, parse_size
+from mosaic_dist.data.arithmetic import read_rows
 from mosaic_dist.data.tokenizer import Tokenizer
 from mosaic_dist.errors import UserError
+from mosaic_dist.evaluate.exact_match import answer_all, summarize
 from mosaic_dist.evaluate.generate import Sampling
 from mosaic_dist.evaluate.generate import generate as generate_tokens
+from mosaic_dist.files import write_atomic
 from mosaic_dist.plan.sizes import size_table
 from mosaic_dist.run_spec import Run
-from mosaic_dist.spec import Fraction, NonNegativeFloat, Positive, PositiveFloat
+from mosaic_dist.spec import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat
 
 
 def export(
@@ -69,7 +73,7 @@ def generate(
     """
     tokenizer = Tokenizer.load(model)
     network = load_exported(model)
-    tokens = tokenizer.encode(prompt)
+    tokens = tokenizer.encode_prompt(prompt)
     shown = ""
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
     for (token,) in generate_tokens(network, [tokens], max_new_tokens, sampling, tokenizer.eos_id):
@@ -82,6 +86,36 @@ def generate(
     print()
 
 
+def evaluate(
+    model: str,
+    data: str,
+    task: Literal["exact_match"] = "exact_match",
+    split: str = "test",
+    limit: Positive | None = None,
+    samples: NonNegative = 5,
+    json_output: str | None = None,
+) -> None:
+    """Measure an exported model on questions with one right answer each.
+
+    --model DIR           folder made by `export`
+    --data DIR            dataset made by `python -m data_prep.arithmetic`
+    --task exact_match    share of answers that are right to the letter, decoding greedily
+    --split NAME          train, validation or test
+    --limit N             the first N questions only
+    --samples N           answers to show
+    --json_output FILE    where to write the figures
+    """
+    questions = [(row.prompt, row.target) for row in read_rows(data, split)[:limit]]
+    answers = answer_all(load_exported(model), Tokenizer.load(model), questions)
+    figures = summarize(answers) | {"task": task, "model": model, "data": data, "split": split}
+    for answer in answers[:samples]:
+        verdict = "right" if answer.given == answer.target else f"wrong, it is {answer.target}"
+        print(f"  {answer.prompt}{answer.given}  ({verdict})")
+    print(json.dumps(figures, indent=2))
+    if json_output is not None:
+        write_atomic(json_output, json.dumps(figures, indent=2) + "\n")
+
+
 def recipes(folder: str = "recipes") -> None:
     """Print a table of all recipes of a folder with their total and active parameters.
 
@@ -92,7 +126,8 @@ def recipes(folder: str = "recipes") -> None:
 
 def main() -> None:
     """Run the command that the first word names."""
-    run_subcommand({"export": export, "generate": generate, "recipes": recipes}, "python -m mosaic_dist")
+    commands = {"export": export, "generate": generate, "evaluate": evaluate, "recipes": recipes}
+    run_subcommand(commands, "python -m mosaic_dist")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any, Self
 
+from mosaic_dist.data.answer import AnswerLoss
 from mosaic_dist.data.mds import INDEX_NAME
 from mosaic_dist.data.tokenizer import FILE_NAME, Tokenizer
 from mosaic_dist.errors import UserError
@@ -12,12 +13,15 @@ from mosaic_dist.files import checksum
 
 DATASET_NAME = "dataset.json"
 FORMAT_VERSION = 1
-MADE_BY = "python -m data_prep.tokenize_to_mds"
+MADE_BY = "python -m data_prep.tokenize_to_mds"  # or another tool of data_prep
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SplitInfo:
-    """One split. `tokens` are the predicted ones, samples * seq_len; `dropped_tokens` did not fill a last sample."""
+    """One split. `tokens` are the scored ones: samples * seq_len, or fewer with an `AnswerLoss`.
+
+    `dropped_tokens` did not fill a last sample.
+    """
 
     samples: int
     tokens: int
@@ -31,7 +35,11 @@ class SplitInfo:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DatasetInfo:
-    """The content of dataset.json and where it lies. Sample i of a split holds tokens i*seq_len ... (i+1)*seq_len."""
+    """The content of dataset.json and where it lies.
+
+    Sample i of a split holds tokens i*seq_len ... (i+1)*seq_len of its packed documents; with an `answer_loss`, the
+    i-th row, padded to seq_len + 1.
+    """
 
     path: Path
     seq_len: int
@@ -44,6 +52,7 @@ class DatasetInfo:
     sources: list[str]
     skipped_files: int
     empty_documents: int
+    answer_loss: AnswerLoss | None = None
     format_version: int = FORMAT_VERSION
 
     @classmethod
@@ -63,7 +72,8 @@ class DatasetInfo:
                     f"prepare the data again with `{MADE_BY}`"
                 )
             splits = {name: SplitInfo(**split) for name, split in data.pop("splits").items()}
-            info = cls(path=path, splits=splits, **data)
+            answer = data.pop("answer_loss", None)
+            info = cls(path=path, splits=splits, answer_loss=answer and AnswerLoss(**answer), **data)
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{file} is damaged ({type(error).__name__}: {error}); prepare the data again") from None
         info._check_files()
@@ -107,16 +117,23 @@ class DatasetInfo:
         """The text of dataset.json."""
         data = dataclasses.asdict(self)
         del data["path"]
+        if self.answer_loss is None:
+            del data["answer_loss"]
         return json.dumps(data, indent=2) + "\n"
 
     def summary(self) -> str:
         """What was made, for people."""
         lines = [f"{self.path}: seq_len {self.seq_len}, {self.dtype}, vocabulary {self.vocab_size}"]
         for name, split in self.splits.items():
-            lines.append(
-                f"  {name:<11} {split.samples:,} samples, {split.tokens:,} tokens, {split.documents:,} documents, "
+            packing = (
+                f"{split.tokens:,} tokens, {split.documents:,} documents, "
                 f"{split.text_bytes / max(split.tokens + split.dropped_tokens, 1):.2f} bytes of text per token, "
-                f"{split.dropped_tokens:,} tokens dropped, {split.shards} shards, {split.shard_bytes / 1e6:,.1f} MB"
+                f"{split.dropped_tokens:,} tokens dropped"
+            )
+            content = f"{split.tokens:,} scored tokens" if self.answer_loss else packing
+            lines.append(
+                f"  {name:<11} {split.samples:,} samples, {content}, {split.shards} shards, "
+                f"{split.shard_bytes / 1e6:,.1f} MB"
             )
         if self.skipped_files or self.empty_documents:
             lines.append(

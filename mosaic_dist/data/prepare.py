@@ -1,9 +1,6 @@
 """Documents -> tokens -> fixed-length samples in MDS shards, which appear whole under their name or not at all."""
 
-import glob
 import os
-import shutil
-import socket
 import sys
 import time
 from collections.abc import Iterable
@@ -14,14 +11,13 @@ import numpy as np
 from tqdm import tqdm
 
 from mosaic_dist.data import mds
-from mosaic_dist.data.dataset import DATASET_NAME, DatasetInfo, SplitInfo
+from mosaic_dist.data.dataset import DatasetInfo, SplitInfo
 from mosaic_dist.data.encode import TRAIN, VALIDATION, Encoded, encode_documents, token_dtype
+from mosaic_dist.data.publish import SHARD_BYTES, finish_split, new_dataset, write_description
 from mosaic_dist.data.sources import Documents
 from mosaic_dist.data.tokenizer import Tokenizer
 from mosaic_dist.errors import UserError
-from mosaic_dist.files import checksum, publish_directory, remove_directory
 
-SHARD_BYTES = 1 << 26
 LOG_SECONDS = 30.0  # between progress lines where stderr is a file
 
 
@@ -51,9 +47,8 @@ def prepare(
     """
     output = Path(output).expanduser()
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
-    _check_options(output, seq_len, validation_fraction, workers, compression, overwrite)
-    aside = _make_aside(output)
-    try:
+    _check_options(seq_len, validation_fraction, workers, compression)
+    with new_dataset(output, overwrite) as aside:
         names = (TRAIN, VALIDATION) if validation_fraction > 0 else (TRAIN,)
         packers = {name: Packer(aside / name, seq_len, tokenizer, compression, shard_bytes) for name in names}
         with Progress(documents) as progress:
@@ -67,13 +62,7 @@ def prepare(
             "shard_bytes": shard_bytes,
         }
         info = _describe(aside, documents, tokenizer, seq_len, packers, options)
-        tokenizer.save(aside)
-        (aside / DATASET_NAME).write_text(info.to_json(), encoding="utf-8")
-        if output.exists():
-            remove_directory(output)
-        publish_directory(aside, output)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        write_description(info, tokenizer)
     return DatasetInfo.load(output)
 
 
@@ -102,9 +91,7 @@ def _describe(
     )
 
 
-def _check_options(
-    output: Path, seq_len: int, validation_fraction: float, workers: int, compression: str | None, overwrite: bool
-) -> None:
+def _check_options(seq_len: int, validation_fraction: float, workers: int, compression: str | None) -> None:
     if seq_len < 1:
         raise UserError(f"seq_len ({seq_len}) must be at least 1")
     if not 0 <= validation_fraction < 1:
@@ -112,23 +99,6 @@ def _check_options(
     if workers < 1:
         raise UserError(f"workers ({workers}) must be at least 1")
     mds.check_compression(compression)
-    if output.exists() and not overwrite:
-        raise UserError(f"{output} exists already; choose another output, or give --overwrite to replace it")
-    if output.exists() and not (output / DATASET_NAME).is_file():
-        raise UserError(f"{output} exists and is no dataset (it has no {DATASET_NAME}), so --overwrite leaves it alone")
-
-
-def _make_aside(output: Path) -> Path:
-    """A new folder beside the output; what killed runs of this host left of the same output is removed first."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f"{output.name}.tmp.{socket.gethostname()}."
-    for left in output.parent.glob(f"{glob.escape(prefix)}*"):
-        process = left.name.removeprefix(prefix)
-        if process.isdigit() and not Path("/proc", process).exists():
-            shutil.rmtree(left, ignore_errors=True)
-    aside = output.with_name(f"{prefix}{os.getpid()}")
-    aside.mkdir()
-    return aside
 
 
 class Packer:
@@ -179,18 +149,14 @@ class Packer:
     def finish(self) -> SplitInfo:
         """Write what is left and the index, and describe the split."""
         self.release()
-        self.writer.finish()
-        index = self.writer.shards
-        files = [shard["zip_data"] or shard["raw_data"] for shard in index]
-        return SplitInfo(
+        return finish_split(
+            self.writer,
+            self.folder,
             samples=self.samples,
             tokens=self.samples * self.seq_len,
             documents=self.documents,
             text_bytes=self.text_bytes,
             dropped_tokens=len(self.rest) - self.cut,
-            shards=len(index),
-            shard_bytes=sum(file["bytes"] for file in files),
-            index=checksum(self.folder / mds.INDEX_NAME),
         )
 
 

@@ -24,5 +24,7 @@ class Data(Spec):
     def load(self) -> DatasetInfo:
         """The description of the dataset at `path`."""
         if not self.path:
-            raise UserError("no data: give --data DIR, a folder made by `python -m data_prep.tokenize_to_mds`")
+            raise UserError(
+                "no data: give --data DIR, a folder made by `python -m data_prep.tokenize_to_mds` or another tool of data_prep"
+            )
         return DatasetInfo.load(self.path)

@@ -21,6 +21,7 @@ MEND = "copy the dataset again, or prepare it again"
 class Shards:
     """Samples of one split, cut to `seq_len`, which must divide the dataset's: sample i is part i % parts of one there.
 
+    With an `answer_loss` rows are never parted: padding alone is cut off, and a `seq_len` that cuts more is refused.
     The sizes of all files are checked here, the hash of a shard (`hashes=True`) before its first sample is read.
     """
 
@@ -28,7 +29,13 @@ class Shards:
         self.seq_len = info.seq_len if seq_len is None else seq_len
         if info.seq_len % self.seq_len:
             raise UserError(f"seq_len ({self.seq_len}) must divide that of the dataset {info.path} ({info.seq_len})")
-        self.parts = info.seq_len // self.seq_len
+        self.answer_loss = info.answer_loss
+        if self.answer_loss is not None and self.seq_len + 1 < self.answer_loss.row_tokens:
+            raise UserError(
+                f"seq_len ({self.seq_len}) cuts rows of the dataset {info.path}: the longest has "
+                f"{self.answer_loss.row_tokens} tokens and needs {self.answer_loss.row_tokens - 1} or more"
+            )
+        self.parts = 1 if self.answer_loss is not None else info.seq_len // self.seq_len
         self.folder, self.hashes, self.dtype = info.path / split, hashes, info.dtype
         self.entries = info.index(split)
         for entry in self.entries:

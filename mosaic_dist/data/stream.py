@@ -6,6 +6,7 @@ in every step on another number of either, and nothing is dropped where epochs m
 streaming's MDS reader; see `mds.py` for why not through StreamingDataset.
 """
 
+import dataclasses
 import functools
 import os
 import threading
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from mosaic_dist.data.answer import AnswerLoss
 from mosaic_dist.data.dataset import DatasetInfo
 from mosaic_dist.data.encode import VALIDATION
 from mosaic_dist.data.order import Order
@@ -31,7 +33,10 @@ STALL_SECONDS = 600  # a worker that gives no batch for so long is an error, not
 
 
 class Batch(NamedTuple):
-    """One rank's share of a step: int64 [B, T] on the CPU, pinned where there is CUDA, and the B sample numbers."""
+    """One rank's share of a step: int64 [B, T] on the CPU, pinned where there is CUDA, and the B sample numbers.
+
+    Targets that are not scored (the prompts of a dataset with an `answer_loss`, fillers) are IGNORE_INDEX.
+    """
 
     inputs_BT: torch.Tensor
     targets_BT: torch.Tensor
@@ -66,12 +71,14 @@ class Loader:
         self.order = Order(self.shards.shard_samples, seed, data.shuffle)
         self.data, self.global_batch, self.rank, self.world_size = data, global_batch, rank, world_size
         self.cursor = 0
-        self.fingerprint = {
+        self.fingerprint: dict[str, Any] = {
             "split": split,
             "index": info.split(split).index,
             "tokenizer": info.tokenizer,
             "seq_len": self.shards.seq_len,
         } | self.order.describe()
+        if info.answer_loss is not None:
+            self.fingerprint["answer_loss"] = dataclasses.asdict(info.answer_loss)
         if state is not None:
             _check_fingerprint(state["fingerprint"], self.fingerprint)
             self.cursor = state["cursor"]
@@ -88,7 +95,7 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         for samples, tokens_BT in _read_ahead(self.shards, self._steps(self.cursor), self.data.workers):
             self.cursor += self.global_batch
-            yield _make_batch(samples, tokens_BT)
+            yield _make_batch(samples, tokens_BT, self.shards.answer_loss)
 
     def _steps(self, cursor: int) -> Iterator[np.ndarray]:
         share = self.global_batch // self.world_size
@@ -128,7 +135,7 @@ class ValidationBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         for samples, tokens_BT in _read_ahead(self.shards, self._steps(), self.workers):
-            yield _make_batch(samples, tokens_BT)
+            yield _make_batch(samples, tokens_BT, self.shards.answer_loss)
 
     def _steps(self) -> Iterator[np.ndarray]:
         for step in range(len(self)):
@@ -156,10 +163,12 @@ def _check_fingerprint(saved: dict[str, Any], current: dict[str, Any]) -> None:
         )
 
 
-def _make_batch(samples: np.ndarray, tokens_BT: np.ndarray) -> Batch:
+def _make_batch(samples: np.ndarray, tokens_BT: np.ndarray, answer_loss: AnswerLoss | None) -> Batch:
     tokens = torch.from_numpy(tokens_BT.astype(np.int64))
     inputs_BT, targets_BT = tokens[:, :-1].clone(), tokens[:, 1:].clone()  # one row would share its memory
     targets_BT[torch.from_numpy(samples == FILLER)] = IGNORE_INDEX
+    if answer_loss is not None:
+        targets_BT[torch.from_numpy(answer_loss.unscored(tokens_BT))] = IGNORE_INDEX
     if torch.cuda.is_available():
         inputs_BT, targets_BT = inputs_BT.pin_memory(), targets_BT.pin_memory()
     return Batch(inputs_BT, targets_BT, samples.tolist())

@@ -4,6 +4,7 @@ Text that looks like a special token is encoded as plain text, so a document can
 boundary between documents. Imports no torch: the tokenising workers start in a fraction of a second.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -86,12 +87,45 @@ class Tokenizer:
         return xxhash.xxh3_128_hexdigest(canonical.encode())
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, with nothing added before or after."""
-        return self._inner.encode(text, add_special_tokens=False).ids
+        """Token ids of a text, with nothing added before or after. UserError for what has no token."""
+        with self._telling([text]):
+            return self._inner.encode(text, add_special_tokens=False).ids
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a text that a model is to continue: with the BOS in front where the tokenizer.json asks for one.
+
+        What it puts behind a text (an EOS, say) is left out.
+        """
+        ids = self.encode(text)
+        with_bos = [self.bos_id, *ids]
+        whole = self._inner.encode(text, add_special_tokens=True).ids
+        return with_bos if whole[: len(with_bos)] == with_bos else ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of several texts, on all cores unless TOKENIZERS_PARALLELISM is off."""
-        return [found.ids for found in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with self._telling(texts):
+            return [found.ids for found in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    @contextlib.contextmanager
+    def _telling(self, texts: Sequence[str]) -> Iterator[None]:
+        """Name the characters for which a vocabulary without an unknown token has nothing."""
+        try:
+            yield
+        except Exception as error:
+            if type(error) is not Exception:  # the Rust side raises bare Exception where the vocabulary has a gap
+                raise
+            text = next(text for text in texts if not self._takes(text))
+            characters = ", ".join(repr(character) for character in dict.fromkeys(text) if not self._takes(character))
+            raise UserError(
+                f"cannot encode {text[:80]!r}: the tokenizer has no token for {characters or 'it'}"
+            ) from None
+
+    def _takes(self, text: str) -> bool:
+        try:
+            self._inner.encode(text, add_special_tokens=False)
+        except Exception:
+            return False
+        return True
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids; `decode(encode(text)) == text` for a byte-level tokenizer."""

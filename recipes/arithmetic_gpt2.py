@@ -1,0 +1,38 @@
+"""Addition learnt from answers alone, in GPT-2's form: learned positions, LayerNorm, GELU, biases, dropout.
+
+Data: `python -m data_prep.arithmetic --output data --samples 70000 --operands 2 --low 0 --high 999 --ops +`. Rows of
+two operands below 1,000 fit in 16 tokens; longer ones need a larger `data.seq_len`, up to the context of 64.
+"""
+
+from mosaic_dist.checkpoint import CheckpointPolicy
+from mosaic_dist.data import Data
+from mosaic_dist.model import GELU, MHA, Block, LayerNorm, Learned, Tied, Transformer
+from mosaic_dist.optim import AdamW, Cosine
+from mosaic_dist.run import main
+from mosaic_dist.run_spec import Run
+
+block = Block(attention=MHA(heads=4, bias=True, dropout=0.1), ffn=GELU(width=512, bias=True), dropout=0.1)
+
+run = Run(
+    name="arithmetic_gpt2",
+    model=Transformer(
+        vocab=18,
+        dim=128,
+        context=64,
+        position=Learned(),
+        blocks=4 * (block,),
+        norm=LayerNorm(),
+        head=Tied(),
+    ),
+    data=Data(seq_len=16),
+    optimizer=AdamW(learning_rate=2e-3, weight_decay=0.1, clip_norm=1.0, beta2=0.99),
+    schedule=Cosine(warmup_steps=100, final_fraction=0.05),
+    steps=4000,
+    batch_tokens=8192,
+    micro_batch=256,
+    validate_every_steps=250,
+    checkpoint=CheckpointPolicy(every_steps=500, keep_last=2),
+)
+
+if __name__ == "__main__":
+    main(run)
