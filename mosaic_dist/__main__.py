@@ -1,8 +1,9 @@
 """`python -m mosaic_dist COMMAND`: what is done with a run after training."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from mosaic_dist.checkpoint import Checkpoint, newest
 from mosaic_dist.cli import run_subcommand
@@ -126,7 +127,12 @@ def recipes(folder: str = "recipes") -> None:
 
 def main() -> None:
     """Run the command that the first word names."""
-    commands = {"export": export, "generate": generate, "evaluate": evaluate, "recipes": recipes}
+    commands: dict[str, Callable[..., Any]] = {
+        "export": export,
+        "generate": generate,
+        "evaluate": evaluate,
+        "recipes": recipes,
+    }
     run_subcommand(commands, "python -m mosaic_dist")
 
 

@@ -25,6 +25,7 @@ class Data(Spec):
         """The description of the dataset at `path`."""
         if not self.path:
             raise UserError(
-                "no data: give --data DIR, a folder made by `python -m data_prep.tokenize_to_mds` or another tool of data_prep"
+                "no data: give --data DIR, a folder made by a tool of data_prep, such as "
+                "`python -m data_prep.tokenize_to_mds`"
             )
         return DatasetInfo.load(self.path)

@@ -6,12 +6,15 @@ import pytest
 import torch
 
 from mosaic_dist.model import (
+    GEGLU,
+    GELU,
     GQA,
     MHA,
     MLA,
     MQA,
     ALiBi,
     Block,
+    ClampedSwiGLU,
     DecoupledRoPE,
     Factored,
     FactoredOutput,
@@ -19,13 +22,17 @@ from mosaic_dist.model import (
     Learned,
     LinearAttention,
     MoE,
+    MoESwiGLU,
     NoPosition,
     RMSNorm,
     RoPE,
+    SigmoidTopK,
     Sinusoidal,
     SwiGLU,
     Table,
+    TernaryMatrix,
     Tied,
+    TopKSoftmax,
     Transformer,
     Untied,
     YaRN,
@@ -84,6 +91,34 @@ def test_it_learns_and_its_cache_changes_nothing(attention, position):
         assert losses[2] < losses[0]
         check_cache(model, tokens, documents)
         check_cache(model, tokens, None)
+
+
+FFNS = {
+    "gelu": GELU(width=24, bias=True),
+    "geglu": GEGLU(width=24),
+    "clamped": ClampedSwiGLU(width=24, bias=True),
+    "ternary": SwiGLU(width=24, matrix=TernaryMatrix()),
+    "moe_ternary": MoE(expert=GELU(width=16, matrix=TernaryMatrix()), experts=4, shared_experts=1),
+    "fine_grained": MoE(expert=SwiGLU(width=32), split=4, experts=8, top_k=3, shared_experts=1, router=TopKSoftmax()),
+    "grouped": MoESwiGLU(width=16, experts=8, top_k=2, router=SigmoidTopK(groups=4, top_groups=2), router_bias=True),
+}
+
+
+@pytest.mark.parametrize("ffn", FFNS)
+@pytest.mark.parametrize("attention", ["gqa", "linear"])
+def test_every_ffn_learns_and_generates(ffn, attention):
+    block = Block(attention=ATTENTIONS[attention], ffn=FFNS[ffn])
+    spec = Transformer(vocab=23, dim=16, context=16, position=RoPE(), blocks=2 * (block,))
+    model, tokens = spec.build_initialized(0), torch.randint(0, 23, (3, 13), generator=torch.Generator().manual_seed(1))
+    optimizer, losses = torch.optim.AdamW(model.parameters(), 1e-2), []
+    for _ in range(3):
+        parts = model(tokens[:, :-1], tokens[:, 1:])
+        optimizer.zero_grad()
+        (parts.cross_entropy_sum / 36 + parts.auxiliary).backward()
+        optimizer.step()
+        losses.append(parts.cross_entropy_sum.item())
+    assert losses[2] < losses[0]
+    check_cache(model.eval(), tokens, None)
 
 
 @torch.no_grad()
