@@ -30,7 +30,8 @@ REFUSED: tuple[tuple[type[Attention], type[Position], type[Position] | tuple[()]
         MLA,
         RoPE,
         DecoupledRoPE,
-        "turned keys cannot be made from a cached latent, which is why MLA keeps them apart; use 'decoupled_rope', or attention 'gqa'",
+        "turned keys cannot be made from a cached latent, which is why MLA keeps them apart; use 'decoupled_rope', or "
+        "attention 'gqa'",
     ),
 )
 """Attention, position, exceptions of that position, and the reason with the alternatives."""
