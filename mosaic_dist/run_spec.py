@@ -31,7 +31,8 @@ class Run(Spec):
     Each of `steps` updates is over `batch_tokens` tokens, whatever the cluster; every rank takes `micro_batch`
     sequences at a time and accumulates the rest. `precision` "auto" means bf16 where the GPU has it, fp16 on older
     ones, fp32 on CPU. `nonfinite` says what a NaN or infinite loss does: "stop" the run, or "skip" the step.
-    `validate_every_steps` 0 turns validation off; `validation_samples` bounds it (0: all).
+    `validate_every_steps` 0 turns validation off; `validation_samples` bounds it (0: all). With
+    `early_stopping_patience` the run ends when so many validations in a row have not lowered the best loss (0: never).
     """
 
     name: str
@@ -47,6 +48,7 @@ class Run(Spec):
     nonfinite: Literal["stop", "skip"] = "stop"
     validate_every_steps: NonNegative = 0
     validation_samples: NonNegative = 256
+    early_stopping_patience: NonNegative = 0
     parallel: Parallel = Parallel()
     checkpoint: CheckpointPolicy = CheckpointPolicy()
     logging: Logging = Logging()
@@ -62,6 +64,12 @@ class Run(Spec):
                 f"{self.batch_tokens} is not a multiple of the sequence length {self.seq_len}; "
                 f"nearest: {low or self.seq_len} or {low + self.seq_len}",
             )
+        for path, value in (
+            ("early_stopping_patience", self.early_stopping_patience),
+            ("checkpoint.keep_best", self.checkpoint.keep_best),
+        ):
+            if value and not self.validate_every_steps:
+                raise SpecError(path, f"{value} needs a validation loss; set validate_every_steps as well")
         if self.schedule.warmup_steps > self.steps:
             raise SpecError("schedule.warmup_steps", f"{self.schedule.warmup_steps} is more than steps ({self.steps})")
 

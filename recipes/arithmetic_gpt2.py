@@ -31,7 +31,9 @@ run = Run(
     batch_tokens=8192,
     micro_batch=256,
     validate_every_steps=250,
-    checkpoint=CheckpointPolicy(every_steps=500, keep_last=2),
+    validation_samples=0,
+    early_stopping_patience=8,
+    checkpoint=CheckpointPolicy(every_steps=500, keep_last=1, keep_best=2),
 )
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 
 from mosaic_dist.checkpoint.pieces import CheckpointError
@@ -87,17 +88,17 @@ def newest(root: str | Path) -> Checkpoint | None:
     return None
 
 
-def prune(root: str | Path, keep_last: int) -> list[int]:
+def prune(root: str | Path, keep_last: int, protected: Collection[int] = ()) -> list[int]:
     """Delete all checkpoints, whole or broken, that are older than the newest `keep_last` whole ones; returns them.
 
+    Steps that are `protected` stay, and do not count among the last.
     One process at a time. A crash in the middle leaves no half of a checkpoint under its name. Broken ones newer than
     that stay for a look. Raises ValueError if `keep_last` is below 1.
     """
     if keep_last < 1:
         raise ValueError(f"keep_last ({keep_last}) must be at least 1")
-    whole = steps(root)
-    kept = whole[-keep_last:]
-    doomed = {step: path for step, path in candidates(root).items() if kept and step < kept[0]}
+    kept = [step for step in steps(root) if step not in protected][-keep_last:]
+    doomed = {s: path for s, path in candidates(root).items() if kept and s < kept[0] and s not in protected}
     for path in doomed.values():
         remove_directory(path)
     return list(doomed)

@@ -15,7 +15,7 @@ from mosaic_dist.run_spec import Run
 from mosaic_dist.train.folder import RunFolder
 from mosaic_dist.train.metrics import MetricsFile, read_metrics
 from mosaic_dist.train.plot import plot_loss
-from mosaic_dist.train.trainer import Trainer, Validation, due
+from mosaic_dist.train.trainer import Trainer
 
 PLAIN_LINE_SECONDS = 10.0
 """Interval of progress lines where stderr is no terminal."""
@@ -31,16 +31,14 @@ class Tracker(Protocol):
 class Metrics:
     """Writes `metrics.jsonl` and feeds the trackers."""
 
-    def __init__(
-        self, folder: RunFolder, run: Run, step: int, validation: Validation, trackers: list[Tracker], speed: "Speed"
-    ):
+    def __init__(self, folder: RunFolder, step: int, trackers: list[Tracker], speed: "Speed"):
         self.file = MetricsFile(folder.metrics, step)
-        self.validation, self.trackers, self.speed, self.run = validation, trackers, speed, run
+        self.trackers, self.speed = trackers, speed
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """Record the step when due, and always when it was validated."""
         step = trainer.progress.step
-        if self.validation.loss is None and not due(step, self.run.logging.every_steps, self.run.steps):
+        if trainer.validation_loss is None and not trainer.is_due(trainer.run.logging.every_steps):
             return
         record: dict[str, Any] = {
             "step": step,
@@ -58,8 +56,8 @@ class Metrics:
         if result.expert_load.numel():
             load_LE = result.expert_load.double()
             record["expert_max_over_mean"] = (load_LE.amax(1) / load_LE.mean(1)).max().item()
-        if self.validation.loss is not None:
-            record["validation_loss"] = self.validation.loss
+        if trainer.validation_loss is not None:
+            record["validation_loss"] = trainer.validation_loss
         self.file.write(record)
         for tracker in self.trackers:
             tracker.write(step, {key: value for key, value in record.items() if key != "step"})
@@ -97,9 +95,9 @@ class ProgressBar:
         if not self.bar.disable:
             self.bar.set_postfix(words, refresh=False)
             self.bar.update()
-            if step >= self.until_step:
+            if trainer.is_ending:
                 self.bar.close()
-        elif time.monotonic() - self.last_line >= PLAIN_LINE_SECONDS or step >= self.until_step:
+        elif time.monotonic() - self.last_line >= PLAIN_LINE_SECONDS or trainer.is_ending:
             self.last_line = time.monotonic()
             left = (self.last_line - self.started) / (step - self.first_step) * (self.until_step - step)
             text = "  ".join(f"{key} {value}" for key, value in words.items())
@@ -109,14 +107,13 @@ class ProgressBar:
 class LossPlot:
     """Draws the loss curve every so many steps and when this start of the run ends."""
 
-    def __init__(self, folder: RunFolder, run: Run, until_step: int):
-        self.folder, self.run, self.until_step = folder, run, until_step
+    def __init__(self, folder: RunFolder):
+        self.folder = folder
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """Draw when due."""
-        step = trainer.progress.step
-        if step == self.until_step or due(step, self.run.logging.plot_every_steps, self.until_step):
-            plot_loss(read_metrics(self.folder.metrics), self.folder.loss_plot, self.run.name)
+        if trainer.is_ending or trainer.is_due(trainer.run.logging.plot_every_steps):
+            plot_loss(read_metrics(self.folder.metrics), self.folder.loss_plot, trainer.run.name)
 
 
 def make_trackers(run: Run, folder: Path) -> list[Tracker]:

@@ -15,7 +15,7 @@ from mosaic_dist.run_spec import Run
 from mosaic_dist.train.folder import RunFolder
 from mosaic_dist.train.peak import peak_flops_per_second
 from mosaic_dist.train.reporting import LossPlot, Metrics, ProgressBar, Speed, make_trackers
-from mosaic_dist.train.trainer import Hook, NonfiniteGuard, Progress, Trainer, Validation, due
+from mosaic_dist.train.trainer import Hook, NonfiniteGuard, Progress, Trainer, Validation
 
 
 def train_run(
@@ -38,8 +38,7 @@ def train_run(
     torch.manual_seed(run.seed + world.rank)
     engine = Engine(run.model, run.optimizer, config, degree, run.seed, world)
     checkpoint = newest_good(folder, world)
-    trainer = begin(run, info, engine, checkpoint)
-    until_step = min(run.steps, stop_at_step or run.steps)
+    trainer = begin(run, info, engine, checkpoint, min(run.steps, stop_at_step or run.steps))
     facts = {
         "world_size": world.size,
         "expert_parallel": degree,
@@ -53,19 +52,23 @@ def train_run(
     say(
         world,
         f"{run.name}: {counts.total:,} parameters ({counts.active:,} active), {world.size} ranks, expert parallel "
-        f"{degree}, ZeRO {engine.zero_stage}; steps {trainer.progress.step} to {until_step} of {run.steps} in "
+        f"{degree}, ZeRO {engine.zero_stage}; steps {trainer.progress.step} to {trainer.until_step} of {run.steps} in "
         f"{folder.path}",
     )
-    if trainer.progress.step >= until_step:
-        say(world, "nothing to do: the run is already there")
+    if trainer.is_ending:
+        why = "was stopped early, by its validation loss" if trainer.progress.stopped_early else "is already there"
+        say(world, f"nothing to do: the run {why}")
         return trainer
     speed = Speed(flops_per_token(run.model, run.seq_len), peak)
-    trainer.train(until_step, make_hooks(trainer, folder, info, speed, until_step))
+    trainer.train(make_hooks(trainer, folder, info, speed))
+    if trainer.progress.stopped_early:
+        loss, step = trainer.progress.best[0]
+        say(world, f"stopped early: the validation loss has not been below {loss:.4f} since step {step:.0f}")
     say(world, f"done: step {trainer.progress.step}, {trainer.progress.tokens:,} tokens; see {folder.path}")
     return trainer
 
 
-def begin(run: Run, info: DatasetInfo, engine: Engine, checkpoint: Checkpoint | None) -> Trainer:
+def begin(run: Run, info: DatasetInfo, engine: Engine, checkpoint: Checkpoint | None, until_step: int) -> Trainer:
     """A trainer at a checkpoint, or at the start."""
     progress, data_state = Progress(), None
     if checkpoint is not None:
@@ -82,10 +85,10 @@ def begin(run: Run, info: DatasetInfo, engine: Engine, checkpoint: Checkpoint | 
         seed=run.seed,
         state=data_state,
     )
-    return Trainer(run, engine, loader, progress)
+    return Trainer(run, engine, loader, progress, until_step)
 
 
-def make_hooks(trainer: Trainer, folder: RunFolder, info: DatasetInfo, speed: Speed, until_step: int) -> list[Hook]:
+def make_hooks(trainer: Trainer, folder: RunFolder, info: DatasetInfo, speed: Speed) -> list[Hook]:
     """What happens after each step, in this order. The main process alone reports."""
     run, world, step = trainer.run, trainer.engine.world, trainer.progress.step
     held_out = None
@@ -100,31 +103,32 @@ def make_hooks(trainer: Trainer, folder: RunFolder, info: DatasetInfo, speed: Sp
             seq_len=run.seq_len,
             limit=limit,
         )
-    validation = Validation(held_out, run.validate_every_steps)
-    hooks: list[Hook] = [NonfiniteGuard(run.nonfinite), validation]
+    hooks: list[Hook] = [NonfiniteGuard(run.nonfinite), Validation(held_out)]
     if world.is_main:
-        hooks.append(Metrics(folder, run, step, validation, make_trackers(run, folder.path), speed))
-        hooks.append(ProgressBar(run, step, until_step, speed))
-    hooks.append(Saver(folder, until_step))
+        hooks.append(Metrics(folder, step, make_trackers(run, folder.path), speed))
+        hooks.append(ProgressBar(run, step, trainer.until_step, speed))
+    hooks.append(Saver(folder))
     if world.is_main:
-        hooks.append(LossPlot(folder, run, until_step))
+        hooks.append(LossPlot(folder))
     return hooks
 
 
 class Saver:
-    """Writes a checkpoint every so many steps and when this start of the run ends."""
+    """Writes a checkpoint every so many steps, when this start of the run ends, and for one of the best losses."""
 
-    def __init__(self, folder: RunFolder, until_step: int):
-        self.folder, self.until_step = folder, until_step
+    def __init__(self, folder: RunFolder):
+        self.folder = folder
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """Save when due, then drop the oldest. Every rank takes part."""
-        policy, step = trainer.run.checkpoint, trainer.progress.step
-        if due(step, policy.every_steps, self.until_step):
-            state = {"progress": vars(trainer.progress), "data": trainer.loader.state()}
-            save_engine(self.folder.checkpoints, step, trainer.engine, state)
+        policy, progress = trainer.run.checkpoint, trainer.progress
+        best = {int(step) for _, step in progress.best} if policy.keep_best else set()
+        is_best = trainer.validation_loss is not None and progress.step in best
+        if trainer.is_due(policy.every_steps) or is_best:
+            state = {"progress": vars(progress), "data": trainer.loader.state()}
+            save_engine(self.folder.checkpoints, progress.step, trainer.engine, state)
             if trainer.engine.world.is_main:
-                prune(self.folder.checkpoints, policy.keep_last)
+                prune(self.folder.checkpoints, policy.keep_last, best)
 
 
 def newest_good(folder: RunFolder, world: World) -> Checkpoint | None:

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from mosaic_dist.data.stream import Loader, ValidationBatches
@@ -20,21 +20,37 @@ class Progress:
     """Updates done, skipped ones included."""
     tokens: int = 0
     """Scored tokens seen."""
+    best: list[list[float]] = field(default_factory=list)
+    """[validation loss, step] of the lowest losses, the lowest first."""
+    validations_since_best: int = 0
+    stopped_early: bool = False
 
 
 class Trainer:
-    """A run under way: its engine, its data, and where it is."""
+    """A run under way: its engine, its data, where it is, and where this start of it ends."""
 
-    def __init__(self, run: Run, engine: Engine, loader: Loader, progress: Progress):
-        self.run, self.engine, self.loader, self.progress = run, engine, loader, progress
+    def __init__(self, run: Run, engine: Engine, loader: Loader, progress: Progress, until_step: int):
+        self.run, self.engine, self.loader = run, engine, loader
+        self.progress, self.until_step = progress, until_step
         self.learning_rate = 0.0
         self.step_seconds = 0.0
         self.data_seconds = 0.0
+        self.validation_loss: float | None = None
+        """Of the step that was just done; None where it was not measured."""
 
-    def train(self, until_step: int, hooks: Sequence["Hook"]) -> None:
-        """Take steps until `until_step` are done; after each, every hook has its turn, in order."""
+    @property
+    def is_ending(self) -> bool:
+        """Whether no further step will be taken."""
+        return self.progress.step >= self.until_step or self.progress.stopped_early
+
+    def is_due(self, every_steps: int) -> bool:
+        """Whether something done every so many steps, and at the end, is due now. 0 means never."""
+        return every_steps > 0 and (self.progress.step % every_steps == 0 or self.is_ending)
+
+    def train(self, hooks: Sequence["Hook"]) -> None:
+        """Take steps until the end; after each, every hook has its turn, in order."""
         batches = iter(self.loader)
-        while self.progress.step < until_step:
+        while not self.is_ending:
             started = time.perf_counter()
             batch = next(batches)
             self.data_seconds = time.perf_counter() - started
@@ -54,11 +70,6 @@ class Hook(Protocol):
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """Look at the step that was just done."""
-
-
-def due(step: int, every_steps: int, last_step: int) -> bool:
-    """Whether something done every so many steps, and at the last one, is due after `step`. 0 means never."""
-    return every_steps > 0 and (step % every_steps == 0 or step == last_step)
 
 
 MAX_SKIPS_IN_A_ROW = 20
@@ -92,15 +103,22 @@ class NonfiniteGuard:
 
 
 class Validation:
-    """Measures the loss on held-out data every so many steps, and at the end."""
+    """Measures the loss on held-out data every so many steps and at the run's end, and judges by it."""
 
-    def __init__(self, batches: ValidationBatches | None, every_steps: int):
-        self.batches, self.every_steps = batches, every_steps
-        self.loss: float | None = None
-        """Of the step that was just done; None where it was not measured."""
+    def __init__(self, batches: ValidationBatches | None):
+        self.batches = batches
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
-        """Evaluate when due."""
-        self.loss = None
-        if self.batches is not None and due(trainer.progress.step, self.every_steps, trainer.run.steps):
-            self.loss = trainer.engine.evaluate((batch.inputs_BT, batch.targets_BT) for batch in self.batches)
+        """Evaluate when due, keep the list of the best, and stop a run that gains nothing any more."""
+        trainer.validation_loss = None
+        run, progress = trainer.run, trainer.progress
+        due = run.validate_every_steps and progress.step % run.validate_every_steps == 0
+        if self.batches is None or not (due or progress.step == run.steps):
+            return
+        loss = trainer.engine.evaluate((batch.inputs_BT, batch.targets_BT) for batch in self.batches)
+        trainer.validation_loss = loss
+        improved = not progress.best or loss < progress.best[0][0]
+        progress.validations_since_best = 0 if improved else progress.validations_since_best + 1
+        progress.best = sorted([*progress.best, [loss, progress.step]])[: max(1, run.checkpoint.keep_best)]
+        patience = run.early_stopping_patience
+        progress.stopped_early = 0 < patience <= progress.validations_since_best

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mosaic_dist.parallel.world import free_port
 from tests.launch import ROOT, clean_environment
 
 SMALL = (
@@ -44,6 +45,8 @@ def deepspeed(folder: Path, data: Path, *more: str, ranks: int = 2, small: Seque
     """The words that train the tiny recipe with the deepspeed launcher."""
     return [
         "deepspeed",
+        "--master_port",
+        str(free_port()),
         "--num_gpus",
         str(ranks),
         "recipes/t4_moe.py",

@@ -11,7 +11,7 @@ import pytest
 
 from mosaic_dist.checkpoint import newest
 from mosaic_dist.train.metrics import read_metrics
-from tests.end_to_end.conftest import command, deepspeed
+from tests.end_to_end.conftest import SMALL, command, deepspeed
 from tests.launch import ROOT, clean_environment
 
 EXACT = ("step", "tokens", "loss", "auxiliary_loss", "learning_rate", "grad_norm", "validation_loss")
@@ -103,3 +103,24 @@ def test_another_layout_goes_on_with_the_same_losses(undisturbed, dataset, tmp_p
     for one, other in zip(got, expected, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
         assert one["tokens"] == other["tokens"]
+
+
+def test_early_stopping_keeps_the_best_and_the_last(dataset, tmp_path):
+    """A learning rate that ruins the model: the first validations are the best."""
+    folder = tmp_path / "run"
+    words = ["python", "recipes/t4_moe.py", "--data", str(dataset), "--output", str(folder), *SMALL]
+    for flag, value in (("--optimizer.learning_rate", "2.0"), ("--validate_every_steps", "1")):
+        words[words.index(flag) + 1] = value
+    words += "--early_stopping_patience 3 --checkpoint.keep_best 2 --checkpoint.keep_last 1".split()
+    done = command(*words)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "stopped early" in done.stdout
+    losses = {record["step"]: record["validation_loss"] for record in story(folder)}
+    assert max(losses) < 12
+    best = sorted(losses, key=lambda step: losses[step])[:2]
+    assert all(losses[max(losses) - i] > losses[best[0]] for i in range(3))
+    found = {int(path.name.removeprefix("step_")) for path in (folder / "checkpoints").glob("step_*")}
+    assert found == {*best, max(losses)}
+    again = command(*words)
+    assert again.returncode == 0
+    assert "nothing to do: the run was stopped early" in again.stdout

@@ -10,7 +10,7 @@ from mosaic_dist.run_spec import Run, differences
 from mosaic_dist.spec import SpecError, override
 from mosaic_dist.train.metrics import MetricsFile, read_metrics
 from mosaic_dist.train.plot import plot_loss, smooth
-from mosaic_dist.train.trainer import MAX_SKIPS_IN_A_ROW, NonfiniteGuard, due
+from mosaic_dist.train.trainer import MAX_SKIPS_IN_A_ROW, NonfiniteGuard, Progress, Trainer, Validation
 from recipes.t4_moe import run
 
 
@@ -42,9 +42,37 @@ def test_the_curve_is_a_png(tmp_path):
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+class Judge:
+    """An engine that gives validation losses from a list."""
+
+    def __init__(self, losses: list[float]):
+        self.losses = iter(losses)
+
+    def evaluate(self, batches: object) -> float:
+        return next(self.losses)
+
+
+def test_validation_keeps_the_best_and_stops_what_gains_nothing():
+    judged = override(run, {"validate_every_steps": 500, "checkpoint.keep_best": 2, "early_stopping_patience": 2})
+    trainer = Trainer(judged, Judge([3.0, 2.0, 2.5, 2.25]), None, Progress(), until_step=20_000)
+    validation, seen = Validation([]), []
+    while not trainer.is_ending:
+        trainer.progress.step += 250
+        validation.after_step(trainer, None)
+        seen.append(trainer.validation_loss)
+    assert seen == [None, 3.0, None, 2.0, None, 2.5, None, 2.25]
+    assert trainer.progress.best == [[2.0, 1000], [2.25, 2000]]
+    assert trainer.progress.stopped_early
+
+
 def test_due():
-    assert [step for step in range(1, 11) if due(step, 4, 10)] == [4, 8, 10]
-    assert not any(due(step, 0, 10) for step in range(1, 11))
+    trainer = Trainer(run, None, None, Progress(), until_step=10)
+    found = []
+    for step in range(1, 11):
+        trainer.progress.step = step
+        assert not trainer.is_due(0)
+        found += [step] if trainer.is_due(4) else []
+    assert found == [4, 8, 10]
 
 
 def fake_trainer(scaled: bool) -> SimpleNamespace:
@@ -91,6 +119,8 @@ def test_what_belongs_to_the_cluster_may_change():
         ({"data.seq_len": 1024}, "data.seq_len"),
         ({"steps": 100}, "schedule.warmup_steps"),
         ({"nonfinite": "ignore"}, "nonfinite"),
+        ({"early_stopping_patience": 2, "validate_every_steps": 0}, "early_stopping_patience"),
+        ({"checkpoint.keep_best": 2, "validate_every_steps": 0}, "checkpoint.keep_best"),
     ],
 )
 def test_runs_that_cannot_be(changes, path):

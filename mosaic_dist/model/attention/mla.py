@@ -20,6 +20,7 @@ class MLA(Attention, type="mla"):
     `head_width` (None: dim / heads) is that of a head's position-free queries and keys, `value_width` (None: the same)
     of its values. With `DecoupledRoPE` as the model's position, that kind's `width` more dimensions carry positions;
     other positions act on the embeddings or scores, as for any attention. Latents pass an RMSNorm of `norm_eps`.
+    `score_scale` is a factor on all scores (with YaRN, DeepSeek-V3 sharpens more than the rotary dimensions).
     """
 
     heads: Positive
@@ -30,6 +31,7 @@ class MLA(Attention, type="mla"):
     window: Positive | None = None
     dropout: Fraction = 0.0
     norm_eps: PositiveFloat = 1e-6
+    score_scale: PositiveFloat = 1.0
     kernel: Kernel = "sdpa"
 
     def build(self, dim: int, position: Position) -> "LatentAttention":
@@ -69,6 +71,7 @@ class LatentAttention(AttentionModule):
         N, R = self.spec.heads, self.rope_width
         compressed = x_BTD if self.spec.q_compression_dim is None else self.query_norm(self.query_down(x_BTD))
         q_BTNH = self.query(compressed).unflatten(-1, (N, -1))
+        q_BTNH = q_BTNH if self.spec.score_scale == 1.0 else q_BTNH * self.spec.score_scale
         latent_BSC, rotary_BSR = self.kv_down(x_BTD).split([self.spec.kv_compression_dim, R], -1)
         latent_BSC = self.kv_norm(latent_BSC)
         if R:

@@ -18,8 +18,8 @@ class SoftmaxAttention(Attention):
 
     `head_width` is dim / heads unless given. `bias` is that of queries, keys and values, `output_bias` (None: the same)
     of the output. `qk_norm` applies RMSNorm with a gain to each head's queries and keys (Dehghani et al., arXiv
-    2302.05442). `window`: a token sees only so many tokens, itself included. For `sinks`, `soft_cap` and `kernel` see
-    `kernel.attend`.
+    2302.05442), with `qk_norm_eps`. `window`: a token sees only so many tokens, itself included. For `sinks`,
+    `soft_cap` and `kernel` see `kernel.attend`.
     """
 
     heads: Positive
@@ -27,6 +27,7 @@ class SoftmaxAttention(Attention):
     bias: bool = False
     output_bias: bool | None = None
     qk_norm: bool = False
+    qk_norm_eps: PositiveFloat = 1e-6
     window: Positive | None = None
     sinks: bool = False
     soft_cap: PositiveFloat | None = None
@@ -86,8 +87,8 @@ class MultiHeadAttention(AttentionModule):
         self.key, self.value = Linear(dim, groups, bias=spec.bias), Linear(dim, groups, bias=spec.bias)
         output_bias = spec.bias if spec.output_bias is None else spec.output_bias
         self.output = Linear(inner, dim, bias=output_bias, residual=True)
-        self.query_norm = nn.RMSNorm(self.head_width, eps=1e-6) if spec.qk_norm else nn.Identity()
-        self.key_norm = nn.RMSNorm(self.head_width, eps=1e-6) if spec.qk_norm else nn.Identity()
+        self.query_norm = nn.RMSNorm(self.head_width, eps=spec.qk_norm_eps) if spec.qk_norm else nn.Identity()
+        self.key_norm = nn.RMSNorm(self.head_width, eps=spec.qk_norm_eps) if spec.qk_norm else nn.Identity()
         self.sinks = nn.Parameter(torch.empty(spec.heads)) if spec.sinks else None
 
     def forward(self, x_BTD: Tensor, sight: Sight, cache: RingCache | None = None) -> Tensor:
