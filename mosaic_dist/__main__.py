@@ -7,7 +7,9 @@ from typing import Any, Literal
 
 from mosaic_dist.checkpoint import Checkpoint, newest
 from mosaic_dist.cli import run_subcommand
-from mosaic_dist.convert import export_checkpoint, load_exported, parse_size
+from mosaic_dist.convert import export_checkpoint, load_exported, parse_size, write_model
+from mosaic_dist.convert.hugging_face import export_folder, import_folder
+from mosaic_dist.convert.weights import CheckpointTensors
 from mosaic_dist.data.arithmetic import read_rows
 from mosaic_dist.data.tokenizer import Tokenizer
 from mosaic_dist.errors import UserError
@@ -24,6 +26,7 @@ def export(
     run: str,
     output: str,
     step: Positive | None = None,
+    format: Literal["native", "hf"] = "native",
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32",
     max_shard_size: str = "5GB",
 ) -> None:
@@ -34,7 +37,8 @@ def export(
       --run DIR             the run folder
       --output DIR          the exported model; must not exist yet
       --step N              a checkpoint other than the newest
-      --dtype TYPE          fp32 (as trained), bf16 or fp16
+      --format NAME         native, or hf: a folder that transformers' AutoModelForCausalLM loads
+    --dtype TYPE          fp32 (as trained), bf16 or fp16
       --max_shard_size SIZE where to cut into several files, as 5GB or 500MB
     """
     folder = Path(run)
@@ -47,8 +51,35 @@ def export(
         raise UserError(f"{folder} has no checkpoint yet; train until checkpoint.every_steps, or use --stop_at_step")
     tokenizer = folder / "tokenizer.json"
     size = parse_size(max_shard_size)
-    path = export_checkpoint(checkpoint, described.model, described.name, tokenizer, output, dtype, size)
+    if format == "hf":
+        path = export_folder(described.model, CheckpointTensors(checkpoint), output, dtype, tokenizer, size)
+    else:
+        path = export_checkpoint(checkpoint, described.model, described.name, tokenizer, output, dtype, size)
     print(f"exported step {checkpoint.step} of {described.name} to {path}")
+
+
+def import_model(
+    model: str,
+    output: str,
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32",
+    max_shard_size: str = "5GB",
+) -> None:
+    """Read a Hugging Face folder and write it as an exported model of ours.
+
+    GPT-2, Llama, Mixtral, Qwen3-MoE, DeepSeek-V3 and GPT-OSS, as unquantised safetensors.
+
+    --model DIR           the folder with config.json and safetensors
+    --output DIR          the exported model; must not exist yet
+    --dtype TYPE          fp32, bf16 or fp16
+    --max_shard_size SIZE where to cut into several files, as 5GB or 500MB
+    """
+    spec, tensors = import_folder(model)
+    tokenizer = Path(model) / "tokenizer.json"
+    facts = {"run": Path(model).name, "step": 0}
+    path = write_model(
+        output, spec, tensors, facts, tokenizer if tokenizer.exists() else None, dtype, parse_size(max_shard_size)
+    )
+    print(f"imported {model} to {path}")
 
 
 def generate(
@@ -129,6 +160,7 @@ def main() -> None:
     """Run the command that the first word names."""
     commands: dict[str, Callable[..., Any]] = {
         "export": export,
+        "import": import_model,
         "generate": generate,
         "evaluate": evaluate,
         "recipes": recipes,

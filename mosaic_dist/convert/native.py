@@ -10,22 +10,22 @@ checksums.json                    size and xxh3-128 of every other file
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from mosaic_dist.checkpoint import Checkpoint
+from mosaic_dist.convert.weights import DTYPES, CheckpointTensors, parameter_cast, write_weights
 from mosaic_dist.errors import UserError
 from mosaic_dist.files import checksum, publish_directory, write_atomic
 from mosaic_dist.model import Transformer, TransformerModel, materialize
 
 FORMAT_VERSION = 1
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -51,25 +51,41 @@ def export_checkpoint(
     Every tensor that `model` expects must be in the checkpoint with its shape, and none besides. Memory is bounded by
     `max_shard_bytes`, or the largest tensor. The folder appears when it is whole; UserError if it exists.
     """
+    expected = expected_shapes(model)
+    _check_complete(expected, {key: tuple(shape) for key, shape in checkpoint.shapes.items()})
+    tensors = CheckpointTensors(checkpoint)
+    facts = {"run": name, "step": checkpoint.step}
+    return write_model(
+        output, model, ((key, tensors[key]) for key in expected), facts, tokenizer, dtype, max_shard_bytes
+    )
+
+
+def write_model(
+    output: str | Path,
+    model: Transformer,
+    tensors: Iterable[tuple[str, Tensor]],
+    facts: dict[str, Any],
+    tokenizer: Path | None,
+    dtype: str = "fp32",
+    max_shard_bytes: int = 5 * 10**9,
+) -> Path:
+    """Write tensors by our names as an exported model; parameters are cast, buffers stay. `facts` tell their origin.
+
+    The folder appears when it is whole; UserError if it exists.
+    """
     output = Path(output)
     if output.exists():
         raise UserError(f"{output} exists already; remove it, or choose another --output")
-    expected = expected_shapes(model)
-    _check_complete(expected, {key: tuple(shape) for key, shape in checkpoint.shapes.items()})
     aside = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    _write_weights(aside, expected, checkpoint, DTYPES[dtype], max_shard_bytes)
-    config = {
-        "model_type": "mosaic_dist",
-        "format_version": FORMAT_VERSION,
-        "dtype": dtype,
-        "run": name,
-        "step": checkpoint.step,
-        "model": model.to_dict(),
-    }
-    write_atomic(aside / "config.json", json.dumps(config, indent=2) + "\n")
-    shutil.copyfile(tokenizer, aside / "tokenizer.json")
+    cast = parameter_cast(model, DTYPES[dtype])
+    shown = tqdm(tensors, unit=" tensors", desc="writing", disable=None)
+    write_weights(aside, ((name, cast(name, tensor)) for name, tensor in shown), max_shard_bytes)
+    config = {"model_type": "mosaic_dist", "format_version": FORMAT_VERSION, "dtype": dtype, **facts}
+    write_atomic(aside / "config.json", json.dumps(config | {"model": model.to_dict()}, indent=2) + "\n")
+    if tokenizer is not None:
+        shutil.copyfile(tokenizer, aside / "tokenizer.json")
     sums = {file.name: {"bytes": file.stat().st_size, "xxh3_128": checksum(file)} for file in sorted(aside.iterdir())}
     write_atomic(aside / "checksums.json", json.dumps(sums, indent=2) + "\n")
     publish_directory(aside, output)
@@ -97,42 +113,6 @@ def _check_complete(expected: dict[str, tuple[int, ...]], found: dict[str, tuple
             raise UserError(f"{name} is {found[name]} among the weights, {shape} in the model")
 
 
-def _write_weights(
-    folder: Path, expected: dict[str, tuple[int, ...]], checkpoint: Checkpoint, dtype: torch.dtype, max_bytes: int
-) -> None:
-    shards = list(_cut(expected, dtype.itemsize, max_bytes))
-    weight_map: dict[str, str] = {}
-    bar = tqdm(total=len(expected), unit="tensor", desc="export", disable=None)
-    for i, names in enumerate(shards):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-        tensors = {}
-        for name in names:
-            kind = "master" if "master" in checkpoint.kinds(name) else "buffer"
-            tensors[name] = checkpoint.read_full(name, kind).to(dtype)
-            bar.update()
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(names, file)
-    bar.close()
-    if len(shards) > 1:
-        size = sum(torch.Size(shape).numel() for shape in expected.values()) * dtype.itemsize
-        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-        write_atomic(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
-
-
-def _cut(shapes: dict[str, tuple[int, ...]], itemsize: int, max_bytes: int) -> Iterator[list[str]]:
-    """Names in order, cut where a file would grow beyond `max_bytes`."""
-    names: list[str] = []
-    size = 0
-    for name, shape in shapes.items():
-        more = torch.Size(shape).numel() * itemsize
-        if names and size + more > max_bytes:
-            yield names
-            names, size = [], 0
-        names.append(name)
-        size += more
-    yield names
-
-
 def load_exported(path: str | Path) -> TransformerModel:
     """The model of an exported folder, on CPU in its stored dtype, in evaluation mode.
 
@@ -152,7 +132,8 @@ def load_exported(path: str | Path) -> TransformerModel:
     with torch.device("meta"):
         model = spec.build()
     materialize(model, torch.device("cpu"))
-    model = model.to(DTYPES[config["dtype"]])
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(DTYPES[config["dtype"]])
     with torch.no_grad():
         parameters, seen = _named_tensors(model), {}
         for name, tensor in _read_weights(path):

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from mosaic_dist.checkpoint import newest
 from mosaic_dist.convert import load_exported, parse_size
@@ -90,3 +91,23 @@ def test_damage_and_misuse_are_told(exported, trained, tmp_path):
         load_exported(exported)
     weights.write_bytes(original)
     assert checksum(weights) == sum_before
+
+
+def test_a_run_goes_to_hugging_face_and_back(dataset, tmp_path):
+    """`gpt2_reference`, made small: transformers loads the export and gives our logits; the import gives it back."""
+    run, ours, hf, back = (tmp_path / name for name in ("run", "ours", "hf", "back"))
+    small = "--model.vocab 512 --model.dim 32 --model.context 32 --model.blocks.attention.heads 2 --batch_tokens 256"
+    done = command(
+        "python", "recipes/gpt2_reference.py", "--data", dataset, "--output", run, *small.split(), "--micro_batch", "8",
+        "--model.blocks.ffn.width", "64", "--steps", "3", "--schedule.warmup_steps", "1", "--validate_every_steps", "0",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+    python("-m", "mosaic_dist", "export", "--run", run, "--output", ours)
+    python("-m", "mosaic_dist", "export", "--run", run, "--output", hf, "--format", "hf")
+    python("-m", "mosaic_dist", "import", "--model", hf, "--output", back)
+    tokens = torch.randint(0, 512, (2, 32), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = load_exported(ours)(tokens)
+        theirs = AutoModelForCausalLM.from_pretrained(hf)(tokens).logits
+        assert torch.equal(load_exported(back)(tokens), expected)
+    torch.testing.assert_close(theirs, expected, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,21 @@
+"""Models in Hugging Face's form, in and out: their architectures are specs of ours, their tensors ours renamed."""
+
+from mosaic_dist.convert.hugging_face.architectures import (
+    ARCHITECTURES,
+    config_from_spec,
+    spec_from_config,
+    weights_to_hugging_face,
+    weights_to_ours,
+)
+from mosaic_dist.convert.hugging_face.folder import SafetensorsFolder, export_folder, import_folder
+
+__all__ = [
+    "ARCHITECTURES",
+    "SafetensorsFolder",
+    "config_from_spec",
+    "export_folder",
+    "import_folder",
+    "spec_from_config",
+    "weights_to_hugging_face",
+    "weights_to_ours",
+]

@@ -1,0 +1,134 @@
+"""The architectures that we can read and write, and the four maps between them and ours."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mosaic_dist.convert.hugging_face import deepseek_v3, gpt2, gpt_oss, llama, mixtral, qwen3_moe
+from mosaic_dist.convert.hugging_face.rules import Rule, to_ours, to_theirs
+from mosaic_dist.convert.hugging_face.settings import Settings
+from mosaic_dist.convert.hugging_face.twin import Misfit, canonical, first_difference
+from mosaic_dist.convert.native import expected_shapes
+from mosaic_dist.errors import UserError
+from mosaic_dist.model import Tied, Transformer
+from mosaic_dist.spec import SpecError, nearest
+
+
+class Architecture(NamedTuple):
+    """One of transformers' model types. A new one is one file with these three functions, and one line below."""
+
+    class_name: str
+    read: Callable[[Settings], Transformer]
+    write: Callable[[Transformer], dict[str, Any]]
+    """From the canonical spec. It may leave out what the architecture lacks: `config_from_spec` reads it back."""
+    rules: Callable[[Transformer, dict[str, Any]], Iterator[Rule]]
+
+
+ARCHITECTURES = {
+    "gpt2": Architecture("GPT2LMHeadModel", gpt2.read, gpt2.write, gpt2.rules),
+    "llama": Architecture("LlamaForCausalLM", llama.read, llama.write, llama.rules),
+    "mixtral": Architecture("MixtralForCausalLM", mixtral.read, mixtral.write, mixtral.rules),
+    "qwen3_moe": Architecture("Qwen3MoeForCausalLM", qwen3_moe.read, qwen3_moe.write, qwen3_moe.rules),
+    "gpt_oss": Architecture("GptOssForCausalLM", gpt_oss.read, gpt_oss.write, gpt_oss.rules),
+    "deepseek_v3": Architecture("DeepseekV3ForCausalLM", deepseek_v3.read, deepseek_v3.write, deepseek_v3.rules),
+}
+
+GPT2_MASKS = (".attn.bias", ".attn.masked_bias")
+"""Causal masks that old versions of transformers saved with GPT-2's weights."""
+
+
+def spec_from_config(config: dict[str, Any]) -> Transformer:
+    """The model that a config.json describes; UserError for a model type or a setting that we cannot represent.
+
+    Dropout, initial values and the factors of auxiliary losses are the training's and are not carried over.
+    """
+    architecture = _architecture(config)
+    settings = Settings(config)
+    try:
+        spec = architecture.read(settings)
+        settings.finish()
+        expected_shapes(spec)  # parts that do not fit are refused here
+    except SpecError as error:
+        raise UserError(f"config.json describes no model that can be built: {error}") from None
+    return spec
+
+
+def config_from_spec(spec: Transformer) -> dict[str, Any]:
+    """The config.json of the architecture that computes the same logits; UserError with the reasons if there is none.
+
+    An architecture fits when the model that its config.json describes is this one.
+    """
+    reasons = []
+    plain = canonical(spec)
+    for model_type, architecture in ARCHITECTURES.items():
+        try:
+            written = {
+                "model_type": model_type,
+                "architectures": [architecture.class_name],
+                **architecture.write(plain),
+            }
+            difference = first_difference(plain.to_dict(), canonical(spec_from_config(written)).to_dict())
+            if difference is None:
+                return written
+            reasons.append(f"{model_type}: {difference}")
+        except UserError as error:
+            reasons.append(f"{model_type}: {error}")
+    raise Misfit("no Hugging Face architecture computes this model:\n  " + "\n  ".join(reasons))
+
+
+def weights_to_ours(config: dict[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Hugging Face's tensors as ours, in the dtype that they have; memory is bounded by one layer's stack of experts.
+
+    `tensors` may load lazily. UserError, at once, if some are missing or left over, and when one has another shape.
+    """
+    spec = spec_from_config(config)
+    tensors = _Usable(config, spec, tensors)
+    rules = list(_architecture(config).rules(spec, config))
+    return to_ours(rules, expected_shapes(spec), tensors)
+
+
+def weights_to_hugging_face(spec: Transformer, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Our tensors as those of `config_from_spec`; otherwise as `weights_to_ours`. Exact inverses of each other."""
+    config = config_from_spec(spec)
+    rules = list(_architecture(config).rules(spec, config))
+    return to_theirs(rules, expected_shapes(spec), tensors)
+
+
+def _architecture(config: dict[str, Any]) -> Architecture:
+    model_type = str(config.get("model_type"))
+    if model_type not in ARCHITECTURES:
+        hint = nearest(model_type, list(ARCHITECTURES))
+        raise UserError(f"config.json: no model_type {model_type!r} can be converted; {hint}")
+    return ARCHITECTURES[model_type]
+
+
+class _Usable(Mapping[str, Tensor]):
+    """Tensors of a checkpoint under the names that the rules know, without those that repeat others."""
+
+    def __init__(self, config: dict[str, Any], spec: Transformer, tensors: Mapping[str, Tensor]):
+        self.tensors = tensors
+        self.names = {name: name for name in tensors if not name.endswith("rotary_emb.inv_freq")}
+        embedding = "model.embed_tokens.weight"
+        if config["model_type"] == "gpt2":
+            embedding = "transformer.wte.weight"
+            self.names = {_gpt2_name(name): name for name in self.names if not name.endswith(GPT2_MASKS)}
+        if isinstance(spec.head, Tied) and "lm_head.weight" in self.names and embedding in self.names:
+            head, table = tensors[self.names.pop("lm_head.weight")], tensors[self.names[embedding]]
+            if not torch.equal(head, table):
+                raise UserError("config.json ties lm_head.weight to the embedding, but the two tensors differ")
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[self.names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def _gpt2_name(name: str) -> str:
+    """The released files are of the model without its head, whose names have no prefix."""
+    return name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"

@@ -1,0 +1,199 @@
+"""What the architectures that descend from Llama share: sizes, rotary positions, attention and SwiGLU."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from mosaic_dist.convert.hugging_face.rules import STACKED, Rule, same
+from mosaic_dist.convert.hugging_face.settings import Settings
+from mosaic_dist.convert.hugging_face.twin import Misfit, need
+from mosaic_dist.errors import UserError
+from mosaic_dist.model import (
+    GQA,
+    LinearScaling,
+    Llama3Scaling,
+    Position,
+    RMSNorm,
+    RoPE,
+    SwiGLU,
+    Tied,
+    Transformer,
+    Untied,
+    YaRN,
+)
+from mosaic_dist.model.position.rope import Scaling
+
+
+def read_frame(settings: Settings) -> dict[str, Any]:
+    """Fields of `Transformer` around the blocks, without the position."""
+    settings.expect("hidden_act", "silu", "swish")
+    return {
+        "vocab": settings.take("vocab_size"),
+        "dim": settings.take("hidden_size"),
+        "context": settings.take("max_position_embeddings"),
+        "norm": RMSNorm(eps=settings.take("rms_norm_eps")),
+        "head": Tied() if settings.take("tie_word_embeddings", False) else Untied(),
+    }
+
+
+def write_frame(spec: Transformer) -> dict[str, Any]:
+    """The inverse."""
+    return {
+        "vocab_size": spec.vocab,
+        "hidden_size": spec.dim,
+        "max_position_embeddings": spec.context,
+        "num_hidden_layers": len(spec.blocks),
+        "rms_norm_eps": need(spec.norm, RMSNorm, "norm").eps,
+        "tie_word_embeddings": isinstance(spec.head, Tied),
+        "hidden_act": "silu",
+    }
+
+
+def read_attention(settings: Settings, **more: Any) -> GQA:
+    """Heads of the usual names. `more` are further fields."""
+    heads = settings.count("num_attention_heads")
+    width = settings.take("head_dim", None) or settings.count("hidden_size") // heads
+    return GQA(heads=heads, kv_heads=settings.take("num_key_value_heads", None) or heads, head_width=width, **more)
+
+
+def write_attention(attention: GQA) -> dict[str, Any]:
+    """The inverse."""
+    return {
+        "num_attention_heads": attention.heads,
+        "num_key_value_heads": attention.kv_heads,
+        "head_dim": attention.head_width,
+    }
+
+
+# --- rotary positions ---------------------------------------------------------------------------------------------
+
+
+def read_rope(settings: Settings, base: float, kind: type[RoPE] = RoPE, **more: Any) -> RoPE:
+    """`rope_theta` (default: `base`) and `rope_scaling`."""
+    scaling = settings.part("rope_scaling")
+    return kind(
+        base=settings.take("rope_theta", base),
+        scaling=None if scaling is None else _read_scaling(scaling, settings.take("max_position_embeddings")),
+        **more,
+    )
+
+
+def _read_scaling(settings: Settings, context: int) -> Scaling | None:
+    legacy = settings.take("type", "default")
+    kind = str(settings.take("rope_type", legacy))
+    if kind not in READERS:
+        raise UserError(f"{settings.where}: type {kind!r} cannot be represented here; only {', '.join(READERS)}")
+    scaling = READERS[kind](settings, context)
+    settings.finish()
+    return scaling
+
+
+def _read_yarn(settings: Settings, context: int) -> YaRN:
+    factor, magnitude = settings.number("factor"), settings.take("attention_factor", None)
+    mscale, mscale_all_dim = settings.number("mscale", 0.0), settings.number("mscale_all_dim", 0.0)
+    if magnitude is None and mscale and mscale_all_dim:
+        magnitude = yarn_magnitude(factor, mscale) / yarn_magnitude(factor, mscale_all_dim)
+    return YaRN(
+        factor=factor,
+        original_context=settings.take("original_max_position_embeddings", None) or context,
+        beta_fast=settings.take("beta_fast", None) or 32.0,
+        beta_slow=settings.take("beta_slow", None) or 1.0,
+        truncate=settings.take("truncate", True),
+        attention_factor=magnitude,
+    )
+
+
+def yarn_magnitude(factor: float, mscale: float) -> float:
+    """DeepSeek's generalisation of YaRN's attention factor (arXiv 2405.04434, section 3.1.4)."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _read_llama3(settings: Settings, context: int) -> Llama3Scaling:
+    return Llama3Scaling(
+        factor=settings.take("factor"),
+        original_context=settings.take("original_max_position_embeddings"),
+        low_frequency_factor=settings.take("low_freq_factor"),
+        high_frequency_factor=settings.take("high_freq_factor"),
+    )
+
+
+READERS = {
+    "default": lambda settings, context: None,
+    "linear": lambda settings, context: LinearScaling(factor=settings.take("factor")),
+    "yarn": _read_yarn,
+    "llama3": _read_llama3,
+}
+
+
+def write_rope(position: Position) -> dict[str, Any]:
+    """The inverse of `read_rope`."""
+    rope = need(position, RoPE, "position")
+    return {"rope_theta": rope.base, "rope_scaling": None if rope.scaling is None else _write_scaling(rope.scaling)}
+
+
+def _write_scaling(scaling: Scaling) -> dict[str, Any]:
+    written: dict[str, Any] = {"rope_type": scaling.type_name, "factor": scaling.factor}
+    if isinstance(scaling, YaRN):
+        written |= {
+            "original_max_position_embeddings": scaling.original_context,
+            "beta_fast": scaling.beta_fast,
+            "beta_slow": scaling.beta_slow,
+            "truncate": scaling.truncate,
+        }
+        if scaling.attention_factor is not None:
+            written["attention_factor"] = scaling.attention_factor
+    elif isinstance(scaling, Llama3Scaling):
+        written |= {
+            "original_max_position_embeddings": scaling.original_context,
+            "low_freq_factor": scaling.low_frequency_factor,
+            "high_freq_factor": scaling.high_frequency_factor,
+        }
+    elif not isinstance(scaling, LinearScaling):
+        raise Misfit(f"position.scaling is {scaling.type_name!r}, which has no Hugging Face form")
+    return written
+
+
+# --- tensors ------------------------------------------------------------------------------------------------------
+
+
+def frame_rules(spec: Transformer) -> Iterator[Rule]:
+    """Everything but what is inside attention and feed-forward networks."""
+    yield same("embedding.weight", "model.embed_tokens.weight")
+    yield same("norm.weight", "model.norm.weight")
+    if isinstance(spec.head, Untied):
+        yield same("head.weight", "lm_head.weight")
+    for i in range(len(spec.blocks)):
+        yield same(f"blocks.{i}.attention_norm.weight", f"model.layers.{i}.input_layernorm.weight")
+        yield same(f"blocks.{i}.ffn_norm.weight", f"model.layers.{i}.post_attention_layernorm.weight")
+
+
+def attention_rules(attention: GQA, ours: str, theirs: str) -> Iterator[Rule]:
+    """Projections, and what belongs to the options."""
+    layers = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj"}
+    for mine, other in layers.items():
+        yield same(f"{ours}.{mine}.weight", f"{theirs}.{other}.weight")
+        if attention.output_bias if mine == "output" else attention.bias:
+            yield same(f"{ours}.{mine}.bias", f"{theirs}.{other}.bias")
+    if attention.qk_norm:
+        yield same(f"{ours}.query_norm.weight", f"{theirs}.q_norm.weight")
+        yield same(f"{ours}.key_norm.weight", f"{theirs}.k_norm.weight")
+    if attention.sinks:
+        yield same(f"{ours}.sinks", f"{theirs}.sinks")
+
+
+SWIGLU = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+
+
+def swiglu_rules(ffn: SwiGLU, ours: str, theirs: str) -> Iterator[Rule]:
+    """One network."""
+    for mine, other in SWIGLU.items():
+        yield same(f"{ours}.{mine}.weight", f"{theirs}.{other}.weight")
+        if ffn.bias:
+            yield same(f"{ours}.{mine}.bias", f"{theirs}.{other}.bias")
+
+
+def expert_rules(experts: int, ours: str, theirs: str, names: dict[str, str] = SWIGLU) -> Iterator[Rule]:
+    """Stacked networks here, a network per expert there."""
+    for mine, other in names.items():
+        separate = tuple(f"{theirs}.{e}.{other}.weight" for e in range(experts))
+        yield Rule((f"{ours}.{mine}.weight",), separate, STACKED)

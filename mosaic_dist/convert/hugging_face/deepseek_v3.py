@@ -1,0 +1,138 @@
+"""DeepSeek-V3 (arXiv 2412.19437): latent attention, a few dense layers, then fine-grained and shared experts."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from mosaic_dist.convert.hugging_face import common
+from mosaic_dist.convert.hugging_face.rules import AS_IS, Layout, Rule, neighbour_pairs, same
+from mosaic_dist.convert.hugging_face.settings import Settings
+from mosaic_dist.convert.hugging_face.twin import canonical, mixtures, need
+from mosaic_dist.model import MLA, Block, DecoupledRoPE, MoE, SigmoidTopK, SwiGLU, Transformer, YaRN
+
+
+def read(settings: Settings) -> Transformer:
+    """config.json -> spec."""
+    settings.expect("attention_bias", False)
+    settings.expect("scoring_func", "sigmoid")
+    settings.expect("topk_method", "noaux_tc")
+    settings.expect("moe_layer_freq", 1)
+    settings.expect("num_nextn_predict_layers", 0)
+    settings.expect("num_key_value_heads", settings.take("num_attention_heads"))
+    settings.expect("ep_size", 1)
+    # these follow from others, are the tensor map's, or belong to the training
+    settings.skip("head_dim", "qk_head_dim", "rope_interleave", "pretraining_tp", "aux_loss_alpha", "seq_aux")
+    attention = MLA(
+        heads=settings.take("num_attention_heads"),
+        kv_compression_dim=settings.take("kv_lora_rank"),
+        q_compression_dim=settings.take("q_lora_rank"),
+        head_width=settings.take("qk_nope_head_dim"),
+        value_width=settings.take("v_head_dim"),
+        score_scale=_score_scale(settings.part("rope_scaling")),
+    )
+    sparse = Block(attention=attention, ffn=_read_mixture(settings))
+    dense = Block(attention=attention, ffn=SwiGLU(width=settings.take("intermediate_size")))
+    layers = settings.count("num_hidden_layers")
+    dense_layers = min(int(settings.number("first_k_dense_replace")), layers)
+    position = common.read_rope(settings, 10_000.0, DecoupledRoPE, width=settings.take("qk_rope_head_dim"))
+    blocks = dense_layers * (dense,) + (layers - dense_layers) * (sparse,)
+    return Transformer(position=position, blocks=blocks, **common.read_frame(settings))
+
+
+def _read_mixture(settings: Settings) -> MoE:
+    return MoE(
+        expert=SwiGLU(width=settings.take("moe_intermediate_size")),
+        experts=settings.take("n_routed_experts"),
+        top_k=settings.take("num_experts_per_tok"),
+        shared_experts=settings.take("n_shared_experts"),
+        router=SigmoidTopK(
+            normalize=settings.take("norm_topk_prob"),
+            scale=settings.take("routed_scaling_factor"),
+            groups=settings.take("n_group"),
+            top_groups=settings.take("topk_group"),
+        ),
+        balance_weight=0.0,  # the correction balances
+    )
+
+
+def _score_scale(scaling: Settings | None) -> float:
+    """YaRN's sharpening of all score dimensions, which the rotary ones alone cannot express."""
+    mscale = 0.0 if scaling is None else scaling.number("mscale_all_dim", 0.0)
+    return common.yarn_magnitude(scaling.number("factor"), mscale) ** 2 if scaling and mscale else 1.0
+
+
+def write(spec: Transformer) -> dict[str, Any]:
+    """Canonical spec -> config.json."""
+    attention = need(spec.blocks[0].attention, MLA, "blocks[0].attention")
+    position = need(spec.position, DecoupledRoPE, "position")
+    dense = [block.ffn for block in spec.blocks if not isinstance(block.ffn, MoE)]
+    mixture = mixtures(spec)[0]
+    router = need(mixture.router, SigmoidTopK, f"blocks[{len(dense)}].ffn.router")
+    rope = common.write_rope(position)
+    if attention.score_scale != 1.0 and isinstance(position.scaling, YaRN):
+        mscale = (math.sqrt(attention.score_scale) - 1) / (0.1 * math.log(position.scaling.factor))
+        rope["rope_scaling"]["mscale_all_dim"] = round(mscale, 12)
+    return {
+        **common.write_frame(spec),
+        **rope,
+        "rope_interleave": True,
+        "num_attention_heads": attention.heads,
+        "num_key_value_heads": attention.heads,
+        "kv_lora_rank": attention.kv_compression_dim,
+        "q_lora_rank": attention.q_compression_dim,
+        "qk_nope_head_dim": attention.head_width,
+        "qk_rope_head_dim": position.width,
+        "v_head_dim": attention.value_width,
+        "first_k_dense_replace": len(dense),
+        "intermediate_size": need(dense[0], SwiGLU, "blocks[0].ffn").width if dense else 4 * spec.dim,
+        "moe_intermediate_size": mixture.expert.width,
+        "n_routed_experts": mixture.experts,
+        "n_shared_experts": mixture.shared_experts,
+        "num_experts_per_tok": mixture.top_k,
+        "norm_topk_prob": router.normalize,
+        "routed_scaling_factor": router.scale,
+        "n_group": router.groups,
+        "topk_group": router.top_groups,
+    }
+
+
+def rules(spec: Transformer, config: dict[str, Any]) -> Iterator[Rule]:
+    """Tensors."""
+    yield from common.frame_rules(spec)
+    rotary = need(spec.position, DecoupledRoPE, "position").width
+    interleaved = config.get("rope_interleave", True)
+    for i, block in enumerate(canonical(spec).blocks):
+        ours, theirs = f"blocks.{i}", f"model.layers.{i}"
+        attention = need(block.attention, MLA, "attention")
+        yield from _attention_rules(attention, f"{ours}.attention", f"{theirs}.self_attn", rotary, interleaved)
+        if isinstance(block.ffn, MoE):
+            yield from _mixture_rules(block.ffn, f"{ours}.ffn", f"{theirs}.mlp")
+        else:
+            yield from common.swiglu_rules(need(block.ffn, SwiGLU, "ffn"), f"{ours}.ffn.network", f"{theirs}.mlp")
+
+
+def _attention_rules(attention: MLA, ours: str, theirs: str, rotary: int, interleaved: bool) -> Iterator[Rule]:
+    def order(heads: int, plain: int | None) -> Layout:
+        return neighbour_pairs(heads, plain or 0, rotary) if interleaved else AS_IS
+
+    query = order(attention.heads, attention.head_width)
+    if attention.q_compression_dim is None:
+        yield same(f"{ours}.query.weight", f"{theirs}.q_proj.weight", query)
+    else:
+        yield same(f"{ours}.query_down.weight", f"{theirs}.q_a_proj.weight")
+        yield same(f"{ours}.query_norm.weight", f"{theirs}.q_a_layernorm.weight")
+        yield same(f"{ours}.query.weight", f"{theirs}.q_b_proj.weight", query)
+    down = order(1, attention.kv_compression_dim)
+    yield same(f"{ours}.kv_down.weight", f"{theirs}.kv_a_proj_with_mqa.weight", down)
+    yield same(f"{ours}.kv_norm.weight", f"{theirs}.kv_a_layernorm.weight")
+    yield same(f"{ours}.kv_up.weight", f"{theirs}.kv_b_proj.weight")
+    yield same(f"{ours}.output.weight", f"{theirs}.o_proj.weight")
+
+
+def _mixture_rules(mixture: MoE, ours: str, theirs: str) -> Iterator[Rule]:
+    yield same(f"{ours}.router.weight", f"{theirs}.gate.weight")
+    yield same(f"{ours}.router.correction", f"{theirs}.gate.e_score_correction_bias")
+    yield from common.expert_rules(mixture.experts, f"{ours}.experts", f"{theirs}.experts")
+    if mixture.shared_experts:
+        shared = need(mixture.expert, SwiGLU, "expert")
+        yield from common.swiglu_rules(shared, f"{ours}.shared", f"{theirs}.shared_experts")

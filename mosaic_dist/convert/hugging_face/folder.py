@@ -1,0 +1,154 @@
+"""Folders in Hugging Face's form: config.json, model.safetensors or shards with an index, tokenizer.json."""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mosaic_dist.convert.hugging_face.architectures import (
+    config_from_spec,
+    spec_from_config,
+    weights_to_hugging_face,
+    weights_to_ours,
+)
+from mosaic_dist.convert.weights import DTYPES, INDEX, WEIGHTS, Mapped, parameter_cast, write_weights
+from mosaic_dist.data.tokenizer import Tokenizer
+from mosaic_dist.errors import UserError
+from mosaic_dist.files import publish_directory, write_atomic
+from mosaic_dist.model import Transformer
+
+DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+# --- in -----------------------------------------------------------------------------------------------------------
+
+
+def import_folder(path: str | Path) -> tuple[Transformer, Iterator[tuple[str, Tensor]]]:
+    """The model of a Hugging Face folder and its tensors under our names, read as they are asked for.
+
+    UserError for a folder without config.json or safetensors, a setting that we cannot represent, and tensors that are
+    missing, left over, damaged or of another shape.
+    """
+    path = Path(path)
+    config = _read_json(path / "config.json")
+    return spec_from_config(config), weights_to_ours(config, SafetensorsFolder(path))
+
+
+class SafetensorsFolder(Mapping[str, Tensor]):
+    """The tensors of a folder by name; each is read from its file when it is asked for."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        if (path / INDEX).exists():
+            self.files: dict[str, str] = _read_json(path / INDEX).get("weight_map", {})
+            if not isinstance(self.files, dict) or not all(isinstance(file, str) for file in self.files.values()):
+                raise UserError(f"{path / INDEX} has no weight_map from tensors to files")
+        elif (path / WEIGHTS).exists():
+            with _opened(path / WEIGHTS) as file:
+                self.files = dict.fromkeys(file.keys(), WEIGHTS)
+        else:
+            raise UserError(f"{path} has neither {WEIGHTS} nor {INDEX}; save the model with safe_serialization=True")
+
+    def __getitem__(self, name: str) -> Tensor:
+        file = self.path / self.files[name]
+        with _opened(file) as opened:
+            try:
+                return opened.get_tensor(name)
+            except SafetensorError as error:
+                raise UserError(f"{file} does not give {name}, which the index places there: {error}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(file, "pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is missing or no safetensors file: {error}") from None
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file.parent} is no Hugging Face model: it has no {file.name}") from None
+    except ValueError as error:  # neither JSON nor text
+        raise UserError(f"{file} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds {type(content).__name__}, not a mapping")
+    return content
+
+
+# --- out ----------------------------------------------------------------------------------------------------------
+
+
+def export_folder(
+    spec: Transformer,
+    tensors: Mapping[str, Tensor],
+    output: str | Path,
+    dtype: str = "bf16",
+    tokenizer: str | Path | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> Path:
+    """Write a folder that `AutoModelForCausalLM.from_pretrained` loads. It appears when it is whole.
+
+    `tensors` (see `CheckpointTensors`) are read one after another, so memory is bounded by `max_shard_bytes` and one
+    layer's stack of experts. Parameters are cast to `dtype`; buffers (DeepSeek's correction) keep theirs. UserError if
+    the output exists, no architecture fits, tensors are not the model's, or the tokenizer has more tokens than it.
+    """
+    output = Path(output)
+    if output.exists():
+        raise UserError(f"{output} exists already; remove it, or choose another --output")
+    if dtype not in DTYPES:
+        raise UserError(f"no dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
+    words = None if tokenizer is None else Tokenizer.load(tokenizer)
+    if words is not None and words.vocab_size > spec.vocab:
+        raise UserError(f"{tokenizer} has {words.vocab_size} tokens, more than the model's vocabulary ({spec.vocab})")
+    config = config_from_spec(spec) | _special_tokens(words) | {"torch_dtype": DTYPE_NAMES[dtype]}
+    converted = weights_to_hugging_face(spec, Mapped(tensors, parameter_cast(spec, DTYPES[dtype])))
+    aside = output.with_name(f".{output.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    write_weights(aside, converted, max_shard_bytes)
+    _write_json(aside / "config.json", config)
+    if words is not None:
+        words.save(aside / "tokenizer.json")
+        _write_json(aside / "tokenizer_config.json", _tokenizer_config(words, spec.context))
+    publish_directory(aside, output)
+    return output
+
+
+def _special_tokens(words: Tokenizer | None) -> dict[str, int | None]:
+    """Ids for config.json, always written: transformers' defaults are those of other models' tokenizers.
+
+    A pad that is the EOS too is left out, because transformers gives the pad's embedding no gradient.
+    """
+    if words is None:
+        return dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    pad_id = None if words.pad_id == words.eos_id else words.pad_id
+    return {"bos_token_id": words.bos_id, "eos_token_id": words.eos_id, "pad_token_id": pad_id}
+
+
+def _tokenizer_config(words: Tokenizer, context: int) -> dict[str, Any]:
+    """What makes `AutoTokenizer` take tokenizer.json as it is."""
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": context,
+        "clean_up_tokenization_spaces": False,
+    }
+    tokens = {token: name for name, token in words.document["model"]["vocab"].items()}
+    tokens |= {added["id"]: added["content"] for added in words.document.get("added_tokens", [])}
+    ids = {"bos_token": words.bos_id, "eos_token": words.eos_id, "pad_token": words.pad_id}
+    return config | {name: tokens[token] for name, token in ids.items()}
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    write_atomic(file, json.dumps(content, indent=2) + "\n")

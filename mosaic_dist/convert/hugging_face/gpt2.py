@@ -1,0 +1,78 @@
+"""GPT-2 (Radford et al. 2019): learned positions, LayerNorm, biases, weights of Conv1D layers."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from mosaic_dist.convert.hugging_face.rules import FUSED, TRANSPOSED, Rule, same
+from mosaic_dist.convert.hugging_face.settings import Settings
+from mosaic_dist.convert.hugging_face.twin import need
+from mosaic_dist.model import GELU, GQA, MHA, Block, LayerNorm, Learned, Tied, Transformer, Untied
+
+TRAINING = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "n_ctx", "reorder_and_upcast_attn")
+"""Dropout is the run's; `n_ctx` repeats `n_positions`; the last changes the precision of scores in float16 only."""
+
+CLASSIFIER = ("type", "use_proj", "activation", "first_dropout", "proj_to_labels")
+
+
+def read(settings: Settings) -> Transformer:
+    """config.json -> spec."""
+    settings.expect("activation_function", "gelu_new", "gelu_pytorch_tanh")
+    settings.expect("scale_attn_weights", True)
+    settings.expect("scale_attn_by_inverse_layer_idx", False)
+    settings.skip(*TRAINING, *(f"summary_{name}" for name in CLASSIFIER))
+    dim = settings.count("n_embd")
+    block = Block(
+        attention=MHA(heads=settings.take("n_head"), bias=True),
+        ffn=GELU(width=settings.take("n_inner", None) or 4 * dim, bias=True),
+    )
+    return Transformer(
+        vocab=settings.take("vocab_size"),
+        dim=dim,
+        context=settings.take("n_positions"),
+        position=Learned(),
+        blocks=settings.count("n_layer") * (block,),
+        norm=LayerNorm(eps=settings.take("layer_norm_epsilon", 1e-5)),
+        head=Tied() if settings.take("tie_word_embeddings", True) else Untied(),
+    )
+
+
+def write(spec: Transformer) -> dict[str, Any]:
+    """Canonical spec -> config.json."""
+    return {
+        "vocab_size": spec.vocab,
+        "n_embd": spec.dim,
+        "n_positions": spec.context,
+        "n_layer": len(spec.blocks),
+        "n_head": need(spec.blocks[0].attention, GQA, "blocks[0].attention").heads,
+        "n_inner": need(spec.blocks[0].ffn, GELU, "blocks[0].ffn").width,
+        "layer_norm_epsilon": need(spec.norm, LayerNorm, "norm").eps,
+        "activation_function": "gelu_new",
+        "tie_word_embeddings": isinstance(spec.head, Tied),
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+    }
+
+
+def rules(spec: Transformer, config: dict[str, Any]) -> Iterator[Rule]:
+    """Tensors."""
+    yield same("embedding.weight", "transformer.wte.weight")
+    yield same("position.weight", "transformer.wpe.weight")
+    if isinstance(spec.head, Untied):
+        yield same("head.weight", "lm_head.weight")
+    for kind in ("weight", "bias"):
+        yield same(f"norm.{kind}", f"transformer.ln_f.{kind}")
+    for i in range(len(spec.blocks)):
+        ours, theirs = f"blocks.{i}", f"transformer.h.{i}"
+        for kind in ("weight", "bias"):
+            yield same(f"{ours}.attention_norm.{kind}", f"{theirs}.ln_1.{kind}")
+            yield same(f"{ours}.ffn_norm.{kind}", f"{theirs}.ln_2.{kind}")
+            heads = tuple(f"{ours}.attention.{name}.{kind}" for name in ("query", "key", "value"))
+            yield Rule(heads, (f"{theirs}.attn.c_attn.{kind}",), FUSED)
+        for mine, other in (
+            ("attention.output", "attn.c_proj"),
+            ("ffn.network.up", "mlp.c_fc"),
+            ("ffn.network.down", "mlp.c_proj"),
+        ):
+            yield same(f"{ours}.{mine}.weight", f"{theirs}.{other}.weight", TRANSPOSED)
+            yield same(f"{ours}.{mine}.bias", f"{theirs}.{other}.bias")

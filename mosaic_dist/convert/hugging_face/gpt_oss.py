@@ -1,0 +1,78 @@
+"""gpt-oss (OpenAI, arXiv 2508.10925): attention sinks, every other layer in a window, biased clamped SwiGLU experts."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from mosaic_dist.convert.hugging_face import common
+from mosaic_dist.convert.hugging_face.rules import INTERLEAVED, Rule, same
+from mosaic_dist.convert.hugging_face.settings import Settings
+from mosaic_dist.convert.hugging_face.twin import canonical, mixtures, need
+from mosaic_dist.errors import UserError
+from mosaic_dist.model import GQA, Block, ClampedSwiGLU, MoE, TopKSoftmax, Transformer
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+ALPHA = 1.702
+LIMIT = 7.0
+"""transformers reads neither limit nor alpha from the configuration."""
+
+
+def read(settings: Settings) -> Transformer:
+    """config.json -> spec."""
+    settings.expect("swiglu_limit", LIMIT)
+    settings.skip("initial_context_length", "experts_per_token")  # repeat others under OpenAI's own names
+    ffn = MoE(
+        expert=ClampedSwiGLU(width=settings.take("intermediate_size"), bias=True, limit=LIMIT, alpha=ALPHA),
+        experts=settings.take("num_local_experts"),
+        top_k=settings.take("num_experts_per_tok"),
+        router=TopKSoftmax(),
+        router_bias=True,
+    )
+    bias, window = settings.take("attention_bias", True), settings.take("sliding_window")
+    layers = settings.count("num_hidden_layers")
+    types = settings.items("layer_types") or [FULL if i % 2 else SLIDING for i in range(layers)]
+    if len(types) != layers or any(kind not in (SLIDING, FULL) for kind in types):
+        raise UserError(f"config.json: layer_types = {types!r} should be {layers} of {SLIDING!r} and {FULL!r}")
+    blocks = tuple(
+        Block(
+            attention=common.read_attention(
+                settings, bias=bias, sinks=True, window=window if kind == SLIDING else None
+            ),
+            ffn=ffn,
+        )
+        for kind in types
+    )
+    frame, position = common.read_frame(settings), common.read_rope(settings, 150_000.0)
+    return Transformer(position=position, blocks=blocks, **frame)
+
+
+def write(spec: Transformer) -> dict[str, Any]:
+    """Canonical spec -> config.json."""
+    attentions = [need(block.attention, GQA, f"blocks[{i}].attention") for i, block in enumerate(spec.blocks)]
+    mixture = mixtures(spec)[0]
+    windows = [attention.window for attention in attentions if attention.window is not None]
+    return {
+        **common.write_frame(spec),
+        **common.write_attention(attentions[0]),
+        **common.write_rope(spec.position),
+        "attention_bias": attentions[0].bias,
+        "sliding_window": windows[0] if windows else spec.context,
+        "layer_types": [FULL if attention.window is None else SLIDING for attention in attentions],
+        "intermediate_size": mixture.expert.width,
+        "num_local_experts": mixture.experts,
+        "num_experts_per_tok": mixture.top_k,
+        "swiglu_limit": LIMIT,
+    }
+
+
+def rules(spec: Transformer, config: dict[str, Any]) -> Iterator[Rule]:
+    """Tensors. Experts are stacked as ours are; gate and up take turns in one matrix."""
+    yield from common.frame_rules(spec)
+    for i, block in enumerate(canonical(spec).blocks):
+        ours, theirs = f"blocks.{i}", f"model.layers.{i}"
+        attention = need(block.attention, GQA, "attention")
+        yield from common.attention_rules(attention, f"{ours}.attention", f"{theirs}.self_attn")
+        for kind, ending in (("weight", ""), ("bias", "_bias")):
+            yield same(f"{ours}.ffn.router.{kind}", f"{theirs}.mlp.router.{kind}")
+            halves = tuple(f"{ours}.ffn.experts.{name}.{kind}" for name in ("gate", "up"))
+            yield Rule(halves, (f"{theirs}.mlp.experts.gate_up_proj{ending}",), INTERLEAVED)
+            yield same(f"{ours}.ffn.experts.down.{kind}", f"{theirs}.mlp.experts.down_proj{ending}")

@@ -1,0 +1,45 @@
+"""Llama 1 to 3 (Touvron et al., arXiv 2302.13971): rotary positions, RMSNorm, grouped queries, SwiGLU."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from mosaic_dist.convert.hugging_face import common
+from mosaic_dist.convert.hugging_face.rules import Rule
+from mosaic_dist.convert.hugging_face.settings import Settings
+from mosaic_dist.convert.hugging_face.twin import canonical, need
+from mosaic_dist.model import GQA, Block, SwiGLU, Transformer
+
+
+def read(settings: Settings) -> Transformer:
+    """config.json -> spec."""
+    settings.skip("pretraining_tp")
+    block = Block(
+        attention=common.read_attention(settings, bias=settings.take("attention_bias", False)),
+        ffn=SwiGLU(width=settings.take("intermediate_size"), bias=settings.take("mlp_bias", False)),
+    )
+    frame, position = common.read_frame(settings), common.read_rope(settings, 10_000.0)
+    return Transformer(position=position, blocks=settings.count("num_hidden_layers") * (block,), **frame)
+
+
+def write(spec: Transformer) -> dict[str, Any]:
+    """Canonical spec -> config.json."""
+    attention = need(spec.blocks[0].attention, GQA, "blocks[0].attention")
+    ffn = need(spec.blocks[0].ffn, SwiGLU, "blocks[0].ffn")
+    return {
+        **common.write_frame(spec),
+        **common.write_attention(attention),
+        **common.write_rope(spec.position),
+        "intermediate_size": ffn.width,
+        "attention_bias": attention.bias,
+        "mlp_bias": ffn.bias,
+    }
+
+
+def rules(spec: Transformer, config: dict[str, Any]) -> Iterator[Rule]:
+    """Tensors."""
+    yield from common.frame_rules(spec)
+    for i, block in enumerate(canonical(spec).blocks):
+        ours, theirs = f"blocks.{i}", f"model.layers.{i}"
+        attention, ffn = need(block.attention, GQA, "attention"), need(block.ffn, SwiGLU, "ffn")
+        yield from common.attention_rules(attention, f"{ours}.attention", f"{theirs}.self_attn")
+        yield from common.swiglu_rules(ffn, f"{ours}.ffn.network", f"{theirs}.mlp")

@@ -1,0 +1,55 @@
+"""Mixtral (Jiang et al., arXiv 2401.04088): Llama with eight SwiGLU experts, of which each token takes two."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from mosaic_dist.convert.hugging_face import common
+from mosaic_dist.convert.hugging_face.rules import Rule, same
+from mosaic_dist.convert.hugging_face.settings import Settings
+from mosaic_dist.convert.hugging_face.twin import canonical, mixtures, need
+from mosaic_dist.model import GQA, Block, MoE, SoftmaxTopK, SwiGLU, Transformer
+
+EXPERT = {"gate": "w1", "up": "w3", "down": "w2"}
+
+
+def read(settings: Settings) -> Transformer:
+    """config.json -> spec."""
+    settings.expect("router_jitter_noise", 0, 0.0)
+    block = Block(
+        attention=common.read_attention(settings, window=settings.take("sliding_window", None)),
+        ffn=MoE(
+            expert=SwiGLU(width=settings.take("intermediate_size")),
+            experts=settings.take("num_local_experts"),
+            top_k=settings.take("num_experts_per_tok"),
+            router=SoftmaxTopK(normalize=True),
+        ),
+    )
+    frame, position = common.read_frame(settings), common.read_rope(settings, 1_000_000.0)
+    return Transformer(position=position, blocks=settings.count("num_hidden_layers") * (block,), **frame)
+
+
+def write(spec: Transformer) -> dict[str, Any]:
+    """Canonical spec -> config.json."""
+    attention = need(spec.blocks[0].attention, GQA, "blocks[0].attention")
+    mixture = mixtures(spec)[0]
+    return {
+        **common.write_frame(spec),
+        **common.write_attention(attention),
+        **common.write_rope(spec.position),
+        "sliding_window": attention.window,
+        "intermediate_size": mixture.expert.width,
+        "num_local_experts": mixture.experts,
+        "num_experts_per_tok": mixture.top_k,
+    }
+
+
+def rules(spec: Transformer, config: dict[str, Any]) -> Iterator[Rule]:
+    """Tensors."""
+    yield from common.frame_rules(spec)
+    for i, block in enumerate(canonical(spec).blocks):
+        ours, theirs = f"blocks.{i}", f"model.layers.{i}"
+        attention, mixture = need(block.attention, GQA, "attention"), need(block.ffn, MoE, "ffn")
+        yield from common.attention_rules(attention, f"{ours}.attention", f"{theirs}.self_attn")
+        yield same(f"{ours}.ffn.router.weight", f"{theirs}.block_sparse_moe.gate.weight")
+        experts = f"{theirs}.block_sparse_moe.experts"
+        yield from common.expert_rules(mixture.experts, f"{ours}.ffn.experts", experts, EXPERT)

@@ -1,0 +1,76 @@
+"""Qwen3-MoE (arXiv 2505.09388): normalised queries and keys, fine-grained experts, dense layers by choice."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from mosaic_dist.convert.hugging_face import common
+from mosaic_dist.convert.hugging_face.rules import Rule, same
+from mosaic_dist.convert.hugging_face.settings import Settings
+from mosaic_dist.convert.hugging_face.twin import canonical, mixtures, need
+from mosaic_dist.model import GQA, Block, MoE, RMSNorm, SoftmaxTopK, SwiGLU, Transformer
+
+
+def read(settings: Settings) -> Transformer:
+    """config.json -> spec."""
+    settings.skip("max_window_layers")
+    sliding = settings.take("use_sliding_window", False)
+    window = settings.take("sliding_window", None)
+    attention = common.read_attention(
+        settings,
+        bias=settings.take("attention_bias", False),
+        qk_norm=True,
+        qk_norm_eps=settings.take("rms_norm_eps"),
+        window=window if sliding else None,
+    )
+    mixture = MoE(
+        expert=SwiGLU(width=settings.take("moe_intermediate_size")),
+        experts=settings.take("num_experts"),
+        top_k=settings.take("num_experts_per_tok"),
+        router=SoftmaxTopK(normalize=settings.take("norm_topk_prob", False)),
+    )
+    dense = SwiGLU(width=settings.take("intermediate_size"))
+    step, dense_layers = int(settings.number("decoder_sparse_step", 1)), settings.items("mlp_only_layers")
+    blocks = tuple(
+        Block(attention=attention, ffn=dense if i in dense_layers or (i + 1) % max(step, 1) else mixture)
+        for i in range(settings.count("num_hidden_layers"))
+    )
+    frame, position = common.read_frame(settings), common.read_rope(settings, 10_000.0)
+    return Transformer(position=position, blocks=blocks, **frame)
+
+
+def write(spec: Transformer) -> dict[str, Any]:
+    """Canonical spec -> config.json."""
+    attention = need(spec.blocks[0].attention, GQA, "blocks[0].attention")
+    dense = {i: block.ffn for i, block in enumerate(spec.blocks) if not isinstance(block.ffn, MoE)}
+    mixture = mixtures(spec)[0]
+    width = need(dense[min(dense)], SwiGLU, f"blocks[{min(dense)}].ffn").width if dense else 4 * spec.dim
+    return {
+        **common.write_frame(spec),
+        **common.write_attention(attention),
+        **common.write_rope(spec.position),
+        "rms_norm_eps": need(spec.norm, RMSNorm, "norm").eps,
+        "attention_bias": attention.bias,
+        "use_sliding_window": attention.window is not None,
+        "sliding_window": attention.window,
+        "intermediate_size": width,
+        "moe_intermediate_size": mixture.expert.width,
+        "num_experts": mixture.experts,
+        "num_experts_per_tok": mixture.top_k,
+        "norm_topk_prob": need(mixture.router, SoftmaxTopK, "router").normalize,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": list(dense),
+    }
+
+
+def rules(spec: Transformer, config: dict[str, Any]) -> Iterator[Rule]:
+    """Tensors."""
+    yield from common.frame_rules(spec)
+    for i, block in enumerate(canonical(spec).blocks):
+        ours, theirs = f"blocks.{i}", f"model.layers.{i}"
+        attention = need(block.attention, GQA, "attention")
+        yield from common.attention_rules(attention, f"{ours}.attention", f"{theirs}.self_attn")
+        if isinstance(block.ffn, MoE):
+            yield same(f"{ours}.ffn.router.weight", f"{theirs}.mlp.gate.weight")
+            yield from common.expert_rules(block.ffn.experts, f"{ours}.ffn.experts", f"{theirs}.mlp.experts")
+        else:
+            yield from common.swiglu_rules(need(block.ffn, SwiGLU, "ffn"), f"{ours}.ffn.network", f"{theirs}.mlp")
