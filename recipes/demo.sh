@@ -12,7 +12,7 @@ if [ "$gpus" -gt 0 ]; then
   ranks=$gpus
   layout=()
 else
-  steps=${2:-380}
+  steps=${2:-420}
   ranks=2
   layout=(--expert_parallel 2 --batch_tokens 1024 --micro_batch 1)
 fi
