@@ -108,6 +108,6 @@ def test_prune_counts_whole_ones(tmp_path: Path) -> None:
 
 
 def test_policy() -> None:
-    assert CheckpointPolicy().to_dict() == {"every_steps": 500, "keep_last": 2}
+    assert CheckpointPolicy().to_dict() == {"every_steps": 500, "keep_last": 2, "keep_best": 0}
     with pytest.raises(SpecError, match="keep_last"):
         CheckpointPolicy(keep_last=0)
