@@ -50,7 +50,7 @@ class RouterModule(nn.Module):
 
     def choose(self, logits_SE: Tensor) -> Routing:
         """Float32 logits -> Routing."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} does not choose: a kind of router says how")
 
 
 def switch_balance_loss(probs_SE: Tensor, counts_E: Tensor) -> Tensor:
