@@ -34,7 +34,8 @@ def tokenize_to_mds(
     the running Python's standard library (without site-packages, idlelib and tests). --dataset streams a Hugging Face
     dataset instead, as NAME or NAME:CONFIG, or from a local folder; --split says which part.
 
-    --tokenizer is a tokenizer.json or a folder that holds one. Documents end with its EOS and are packed without gaps.
+    --tokenizer is a tokenizer.json, a SentencePiece .model, or a folder that holds one (tokenizer.json, else
+    tokenizer.model). Documents end with its EOS and are packed without gaps.
     --validation_fraction of the documents, chosen by a hash of their text, become the validation split (0: none).
     --workers is the number of processes (default: one per core) and changes nothing in the result. --compression zstd
     (or zstd:1) makes shards smaller on disk until their first use. The output appears when it is whole; --overwrite

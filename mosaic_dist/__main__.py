@@ -8,7 +8,7 @@ from typing import Any, Literal
 from mosaic_dist.checkpoint import Checkpoint, newest
 from mosaic_dist.cli import run_subcommand
 from mosaic_dist.convert import export_checkpoint, load_exported, parse_size, write_model
-from mosaic_dist.convert.hugging_face import export_folder, import_folder
+from mosaic_dist.convert.hugging_face import export_folder, how_to_load, import_folder
 from mosaic_dist.convert.weights import CheckpointTensors
 from mosaic_dist.data.arithmetic import read_rows
 from mosaic_dist.data.tokenizer import Tokenizer
@@ -29,17 +29,19 @@ def export(
     format: Literal["native", "hf"] = "native",
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32",
     max_shard_size: str = "5GB",
+    ternary: Literal["float", "packed"] = "float",
 ) -> None:
     """Write a run's weights as safetensors, with configuration and tokenizer.
 
     Reads the sharded checkpoint of any cluster shape, on one machine, without DeepSpeed or a GPU.
 
-      --run DIR             the run folder
-      --output DIR          the exported model; must not exist yet
-      --step N              a checkpoint other than the newest
-      --format NAME         native, or hf: a folder that transformers' AutoModelForCausalLM loads
+    --run DIR             the run folder
+    --output DIR          the exported model; must not exist yet
+    --step N              a checkpoint other than the newest
+    --format NAME         native, or hf: a folder that transformers' AutoModelForCausalLM loads
     --dtype TYPE          fp32 (as trained), bf16 or fp16
-      --max_shard_size SIZE where to cut into several files, as 5GB or 500MB
+    --max_shard_size SIZE where to cut into several files, as 5GB or 500MB
+    --ternary FORM        float, or packed: ternary matrices in 1.6 bits per weight, for native only
     """
     folder = Path(run)
     if not (folder / "run.yaml").exists():
@@ -52,10 +54,14 @@ def export(
     tokenizer = folder / "tokenizer.json"
     size = parse_size(max_shard_size)
     if format == "hf":
+        if ternary != "float":
+            raise UserError(f"--ternary {ternary} is for --format native; transformers cannot read packed matrices")
         path = export_folder(described.model, CheckpointTensors(checkpoint), output, dtype, tokenizer, size)
     else:
-        path = export_checkpoint(checkpoint, described.model, described.name, tokenizer, output, dtype, size)
+        path = export_checkpoint(checkpoint, described.model, described.name, tokenizer, output, dtype, size, ternary)
     print(f"exported step {checkpoint.step} of {described.name} to {path}")
+    if format == "hf":
+        print(how_to_load(path))
 
 
 def import_model(
@@ -66,7 +72,7 @@ def import_model(
 ) -> None:
     """Read a Hugging Face folder and write it as an exported model of ours.
 
-    GPT-2, Llama, Mixtral, Qwen3-MoE, DeepSeek-V3 and GPT-OSS, as unquantised safetensors.
+    GPT-2, Llama, Mixtral, Qwen3-MoE, DeepSeek-V3 and GPT-OSS, as unquantised safetensors; and what `export` writes.
 
     --model DIR           the folder with config.json and safetensors
     --output DIR          the exported model; must not exist yet

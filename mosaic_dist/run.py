@@ -33,6 +33,8 @@ from mosaic_dist.parallel import (
 )
 from mosaic_dist.run_spec import Run
 from mosaic_dist.spec import Positive, at, leaves, override
+from mosaic_dist.train.folder import RunFolder
+from mosaic_dist.train.initial import open_initial
 from mosaic_dist.train.session import train_run
 
 
@@ -82,6 +84,11 @@ def check_data(run: Run) -> DatasetInfo:
         raise UserError(
             f"{run.data.path} holds sequences of {info.seq_len} tokens, which do not divide into the run's "
             f"{run.seq_len}; use --data.seq_len {info.seq_len}, or tokenize with --seq_len {run.seq_len}"
+        )
+    if run.exact_match_samples and info.answer_loss is None:
+        raise UserError(
+            f"exact_match_samples is {run.exact_match_samples}, but the rows of {run.data.path} are no questions with "
+            "an answer each; use --exact_match_samples 0, or data made by `python -m data_prep.arithmetic`"
         )
     return info
 
@@ -155,8 +162,11 @@ def start(run: Run, ds_config: str | None, output: str, stop_at_step: int | None
             print(describe(resolved))
         return
     info = check_data(run)
+    initial = open_initial(run, info, RunFolder(output).checkpoints)
     with _world(run.parallel.timeout_seconds) as world:
-        train_run(run, info, resolved.config, resolved.expert_parallel, resolved.counts, output, stop_at_step, world)
+        train_run(
+            run, info, resolved.config, resolved.expert_parallel, resolved.counts, output, stop_at_step, world, initial
+        )
 
 
 RECIPE_HELP = """Train the run {name!r}.
@@ -167,6 +177,7 @@ already is continued from its newest checkpoint.
   --ds_config FILE      DeepSpeed JSON (ds_configs/); without it ZeRO stage 1
   --output DIR          run folder; default runs/NAME
   --data DIR            dataset made by `python -m data_prep.tokenize_to_mds`
+  --initial_model DIR   start from the weights of an exported model, or of a Hugging Face folder
   --expert_parallel N   ranks that share the experts of a layer; "auto" by default
   --stop_at_step N      save a checkpoint and stop there; start again to go on
   --dry_run             print the resolved run and its parameter counts, and stop

@@ -1,6 +1,6 @@
 """Run: everything that defines an experiment, in one value."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from mosaic_dist.checkpoint.spec import CheckpointPolicy
@@ -31,8 +31,11 @@ class Run(Spec):
     Each of `steps` updates is over `batch_tokens` tokens, whatever the cluster; every rank takes `micro_batch`
     sequences at a time and accumulates the rest. `precision` "auto" means bf16 where the GPU has it, fp16 on older
     ones, fp32 on CPU. `nonfinite` says what a NaN or infinite loss does: "stop" the run, or "skip" the step.
-    `validate_every_steps` 0 turns validation off; `validation_samples` bounds it (0: all). With
-    `early_stopping_patience` the run ends when so many validations in a row have not lowered the best loss (0: never).
+    `validate_every_steps` 0 turns validation off; `validation_samples` bounds it (0: all). With `exact_match_samples`
+    it also tells how many of so many rows are answered to the letter, where the data are questions with an answer each.
+    With `early_stopping_patience` the run ends when so many validations in a row have not lowered the best loss (0:
+    never). `initial_model` is a folder, an exported model of ours or one that transformers saved, whose weights the run
+    starts from ("": from `seed`); a run that has a checkpoint goes on from that.
     """
 
     name: str
@@ -45,9 +48,11 @@ class Run(Spec):
     micro_batch: Positive = 1
     precision: Precision = "auto"
     seed: NonNegative = 0
+    initial_model: str = ""
     nonfinite: Literal["stop", "skip"] = "stop"
     validate_every_steps: NonNegative = 0
     validation_samples: NonNegative = 256
+    exact_match_samples: NonNegative = 0
     early_stopping_patience: NonNegative = 0
     parallel: Parallel = Parallel()
     checkpoint: CheckpointPolicy = CheckpointPolicy()
@@ -65,11 +70,12 @@ class Run(Spec):
                 f"nearest: {low or self.seq_len} or {low + self.seq_len}",
             )
         for path, value in (
+            ("exact_match_samples", self.exact_match_samples),
             ("early_stopping_patience", self.early_stopping_patience),
             ("checkpoint.keep_best", self.checkpoint.keep_best),
         ):
             if value and not self.validate_every_steps:
-                raise SpecError(path, f"{value} needs a validation loss; set validate_every_steps as well")
+                raise SpecError(path, f"{value} needs validation; set validate_every_steps as well")
         if self.schedule.warmup_steps > self.steps:
             raise SpecError("schedule.warmup_steps", f"{self.schedule.warmup_steps} is more than steps ({self.steps})")
 
@@ -118,4 +124,14 @@ def differences(old: Run, new: Run) -> Iterator[str]:
 
 
 def _settled(run: Run) -> Iterator[tuple[str, Any]]:
-    return (leaf for leaf in leaves(run) if not leaf[0].startswith(MAY_CHANGE))
+    yield "model.blocks", f"{len(run.model.blocks)} layers"  # equal blocks are one leaf each, however many they are
+    yield from (leaf for leaf in leaves(run) if not leaf[0].startswith(MAY_CHANGE))
+
+
+SHOWN_DIFFERENCES = 8
+
+
+def listing(found: Sequence[str]) -> str:
+    """Differences as the indented lines that end a message, the first few of them."""
+    more = [f"and {len(found) - SHOWN_DIFFERENCES} more"] if len(found) > SHOWN_DIFFERENCES else []
+    return "".join(f"\n  {line}" for line in [*found[:SHOWN_DIFFERENCES], *more])

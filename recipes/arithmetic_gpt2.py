@@ -32,6 +32,7 @@ run = Run(
     micro_batch=256,
     validate_every_steps=250,
     validation_samples=0,
+    exact_match_samples=1024,
     early_stopping_patience=8,
     checkpoint=CheckpointPolicy(every_steps=500, keep_last=1, keep_best=2),
 )

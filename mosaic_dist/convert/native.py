@@ -2,7 +2,7 @@
 
 config.json                       the model spec, and which run and step it comes from
 model.safetensors                 the weights; or model-00001-of-0000N.safetensors and
-model.safetensors.index.json      the index, in Hugging Face's form
+model.safetensors.index.json      the index, in Hugging Face's form; ternary matrices may be packed (`packed.py`)
 tokenizer.json
 checksums.json                    size and xxh3-128 of every other file
 """
@@ -12,7 +12,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,12 +20,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mosaic_dist.checkpoint import Checkpoint
+from mosaic_dist.convert.packed import freeze, pack, ternary_weights, unpack
 from mosaic_dist.convert.weights import DTYPES, CheckpointTensors, parameter_cast, write_weights
 from mosaic_dist.errors import UserError
 from mosaic_dist.files import checksum, publish_directory, write_atomic
 from mosaic_dist.model import Transformer, TransformerModel, materialize
 
 FORMAT_VERSION = 1
+Ternary = Literal["float", "packed"]
+"""How ternary matrices are written: the weights that training went on with, or what products see of them."""
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -45,6 +48,7 @@ def export_checkpoint(
     output: str | Path,
     dtype: str = "fp32",
     max_shard_bytes: int = 5 * 10**9,
+    ternary: Ternary = "float",
 ) -> Path:
     """Write a checkpoint's weights as an exported model, without ranks, DeepSpeed or a GPU.
 
@@ -55,9 +59,8 @@ def export_checkpoint(
     _check_complete(expected, {key: tuple(shape) for key, shape in checkpoint.shapes.items()})
     tensors = CheckpointTensors(checkpoint)
     facts = {"run": name, "step": checkpoint.step}
-    return write_model(
-        output, model, ((key, tensors[key]) for key in expected), facts, tokenizer, dtype, max_shard_bytes
-    )
+    named = ((key, tensors[key]) for key in expected)
+    return write_model(output, model, named, facts, tokenizer, dtype, max_shard_bytes, ternary)
 
 
 def write_model(
@@ -68,21 +71,30 @@ def write_model(
     tokenizer: Path | None,
     dtype: str = "fp32",
     max_shard_bytes: int = 5 * 10**9,
+    ternary: Ternary = "float",
 ) -> Path:
     """Write tensors by our names as an exported model; parameters are cast, buffers stay. `facts` tell their origin.
 
-    The folder appears when it is whole; UserError if it exists.
+    With `ternary` "packed" (see `packed.py`) the model gives the logits of the "float" form in fp32, and in another
+    dtype those of the packed fp32 model cast to it. The folder appears when it is whole; UserError if it exists, and
+    if nothing can be packed.
     """
     output = Path(output)
     if output.exists():
         raise UserError(f"{output} exists already; remove it, or choose another --output")
+    packed = ternary_weights(_on_meta(model)) if ternary == "packed" else {}
     aside = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    cast = parameter_cast(model, DTYPES[dtype])
     shown = tqdm(tensors, unit=" tensors", desc="writing", disable=None)
-    write_weights(aside, ((name, cast(name, tensor)) for name, tensor in shown), max_shard_bytes)
-    config = {"model_type": "mosaic_dist", "format_version": FORMAT_VERSION, "dtype": dtype, **facts}
+    write_weights(aside, pack(shown, packed, parameter_cast(model, DTYPES[dtype])), max_shard_bytes)
+    config = {
+        "model_type": "mosaic_dist",
+        "format_version": FORMAT_VERSION,
+        "dtype": dtype,
+        "ternary": ternary,
+        **facts,
+    }
     write_atomic(aside / "config.json", json.dumps(config | {"model": model.to_dict()}, indent=2) + "\n")
     if tokenizer is not None:
         shutil.copyfile(tokenizer, aside / "tokenizer.json")
@@ -94,8 +106,12 @@ def write_model(
 
 def expected_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter and buffer of a model; a shared one once, under its first name."""
+    return {name: tuple(tensor.shape) for name, tensor in _named_tensors(_on_meta(model)).items()}
+
+
+def _on_meta(model: Transformer) -> TransformerModel:
     with torch.device("meta"):
-        return {name: tuple(tensor.shape) for name, tensor in _named_tensors(model.build()).items()}
+        return model.build()
 
 
 def _named_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -128,15 +144,17 @@ def load_exported(path: str | Path) -> TransformerModel:
     if config.get("model_type") != "mosaic_dist" or config.get("format_version") != FORMAT_VERSION:
         found = f"{config.get('model_type')!r} version {config.get('format_version')!r}"
         raise UserError(f"{path} holds {found}; this version reads 'mosaic_dist' version {FORMAT_VERSION}")
-    spec = Transformer.from_dict(config["model"])
-    with torch.device("meta"):
-        model = spec.build()
+    model, dtype = _on_meta(Transformer.from_dict(config["model"])), DTYPES[config["dtype"]]
     materialize(model, torch.device("cpu"))
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(DTYPES[config["dtype"]])
+        parameter.data = parameter.data.to(dtype)
+    tensors = _read_weights(path)
+    if config.get("ternary") == "packed":
+        tensors = unpack(tensors, ternary_weights(model), dtype)
+        freeze(model)
     with torch.no_grad():
         parameters, seen = _named_tensors(model), {}
-        for name, tensor in _read_weights(path):
+        for name, tensor in tensors:
             seen[name] = tuple(tensor.shape)
             if name in parameters and parameters[name].shape == tensor.shape:
                 parameters[name].copy_(tensor)

@@ -35,12 +35,14 @@ STALL_SECONDS = 600  # a worker that gives no batch for so long is an error, not
 class Batch(NamedTuple):
     """One rank's share of a step: int64 [B, T] on the CPU, pinned where there is CUDA, and the B sample numbers.
 
-    Targets that are not scored (the prompts of a dataset with an `answer_loss`, fillers) are IGNORE_INDEX.
+    Targets that are not scored (the prompts of a dataset with an `answer_loss`, fillers) are IGNORE_INDEX. With
+    `data.document_mask`, `documents_BT` counts the documents of each row from 0, as `document_numbers` does.
     """
 
     inputs_BT: torch.Tensor
     targets_BT: torch.Tensor
     sample_ids: list[int]
+    documents_BT: torch.Tensor | None = None
 
 
 class Loader:
@@ -70,6 +72,7 @@ class Loader:
         self.shards = Shards(info, split, data.seq_len if seq_len is None else seq_len, data.verify == "hashes")
         self.order = Order(self.shards.shard_samples, seed, data.shuffle)
         self.data, self.global_batch, self.rank, self.world_size = data, global_batch, rank, world_size
+        self.document_end = data.document_end(info)
         self.cursor = 0
         self.fingerprint: dict[str, Any] = {
             "split": split,
@@ -79,6 +82,8 @@ class Loader:
         } | self.order.describe()
         if info.answer_loss is not None:
             self.fingerprint["answer_loss"] = dataclasses.asdict(info.answer_loss)
+        if data.document_mask:
+            self.fingerprint["document_mask"] = True
         if state is not None:
             _check_fingerprint(state["fingerprint"], self.fingerprint)
             self.cursor = state["cursor"]
@@ -95,7 +100,7 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         for samples, tokens_BT in _read_ahead(self.shards, self._steps(self.cursor), self.data.workers):
             self.cursor += self.global_batch
-            yield _make_batch(samples, tokens_BT, self.shards.answer_loss)
+            yield _make_batch(samples, tokens_BT, self.shards.answer_loss, self.document_end)
 
     def _steps(self, cursor: int) -> Iterator[np.ndarray]:
         share = self.global_batch // self.world_size
@@ -129,13 +134,14 @@ class ValidationBatches:
         self.shards = Shards(info, split, data.seq_len if seq_len is None else seq_len, data.verify == "hashes")
         self.samples = len(self.shards) if limit is None else min(limit, len(self.shards))
         self.batch, self.rank, self.world_size, self.workers = batch, rank, world_size, data.workers
+        self.document_end = data.document_end(info)
 
     def __len__(self) -> int:
         return -(-self.samples // (self.batch * self.world_size))
 
     def __iter__(self) -> Iterator[Batch]:
         for samples, tokens_BT in _read_ahead(self.shards, self._steps(), self.workers):
-            yield _make_batch(samples, tokens_BT, self.shards.answer_loss)
+            yield _make_batch(samples, tokens_BT, self.shards.answer_loss, self.document_end)
 
     def _steps(self) -> Iterator[np.ndarray]:
         for step in range(len(self)):
@@ -163,15 +169,25 @@ def _check_fingerprint(saved: dict[str, Any], current: dict[str, Any]) -> None:
         )
 
 
-def _make_batch(samples: np.ndarray, tokens_BT: np.ndarray, answer_loss: AnswerLoss | None) -> Batch:
+def document_numbers(inputs_BT: torch.Tensor, document_end: int) -> torch.Tensor:
+    """int64 [B, T]: the documents that ended before each token in its row. An end belongs to the document it ends."""
+    ends_BT = (inputs_BT == document_end).long()
+    return ends_BT.cumsum(1) - ends_BT
+
+
+def _make_batch(
+    samples: np.ndarray, tokens_BT: np.ndarray, answer_loss: AnswerLoss | None, document_end: int | None
+) -> Batch:
     tokens = torch.from_numpy(tokens_BT.astype(np.int64))
     inputs_BT, targets_BT = tokens[:, :-1].clone(), tokens[:, 1:].clone()  # one row would share its memory
     targets_BT[torch.from_numpy(samples == FILLER)] = IGNORE_INDEX
     if answer_loss is not None:
         targets_BT[torch.from_numpy(answer_loss.unscored(tokens_BT))] = IGNORE_INDEX
+    documents_BT = None if document_end is None else document_numbers(inputs_BT, document_end)
     if torch.cuda.is_available():
         inputs_BT, targets_BT = inputs_BT.pin_memory(), targets_BT.pin_memory()
-    return Batch(inputs_BT, targets_BT, samples.tolist())
+        documents_BT = None if documents_BT is None else documents_BT.pin_memory()
+    return Batch(inputs_BT, targets_BT, samples.tolist(), documents_BT)
 
 
 # --- reading ahead ------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Text to token ids and back: a byte-level BPE of our own, or any `tokenizer.json` of the Hugging Face `tokenizers`.
+"""Text to token ids and back: a byte-level vocabulary of our own, a `tokenizer.json`, or a SentencePiece model.
 
 Text that looks like a special token is encoded as plain text, so a document cannot contain an EOS id and EOS is a safe
 boundary between documents. Imports no torch: the tokenising workers start in a fraction of a second.
@@ -18,6 +18,7 @@ import xxhash
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
+from mosaic_dist.data import sentencepiece_model
 from mosaic_dist.errors import UserError
 from mosaic_dist.files import write_atomic
 
@@ -48,22 +49,27 @@ class Tokenizer:
         self._inner.no_truncation()  # a foreign file may ask for both; either would change documents in silence
         self._inner.no_padding()
         self._inner.encode_special_tokens = True
-        ids: dict[str, int] = self._inner.get_vocab(with_added_tokens=True)
+        vocabulary: dict[str, int] = self._inner.get_vocab(with_added_tokens=True)
+        ids = vocabulary | _named(self.document)
         eos_id = _first_known(ids, EOS_NAMES)
         if eos_id is None:
             raise UserError(f"{origin} has no end-of-document token; one of {', '.join(EOS_NAMES)} is needed")
         self.eos_id: int = eos_id
         self.bos_id: int = _known_or(ids, BOS_NAMES, eos_id)
         self.pad_id: int = _known_or(ids, PAD_NAMES, eos_id)
-        self.vocab_size: int = max(ids.values()) + 1  # foreign vocabularies may have gaps
+        self.vocab_size: int = max(vocabulary.values()) + 1  # foreign vocabularies may have gaps
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read a JSON file, or `tokenizer.json` in a folder."""
+        """Read a JSON file or a SentencePiece `.model`; in a folder, `tokenizer.json` or else `tokenizer.model`."""
         path = Path(path).expanduser()
         file = path / FILE_NAME if path.is_dir() else path
+        if not file.exists() and (path / sentencepiece_model.FILE_NAME).is_file():
+            file = path / sentencepiece_model.FILE_NAME
         if not file.is_file():
             raise UserError(f"no tokenizer at {file}; make one with `python -m data_prep.train_tokenizer`")
+        if file.suffix == sentencepiece_model.SUFFIX:
+            return cls(sentencepiece_model.convert(file, bos=BOS, eos=EOS, pad=PAD), str(file))
         try:
             return cls(file.read_text(encoding="utf-8"), str(file))
         except UnicodeDecodeError:
@@ -146,6 +152,12 @@ class Tokenizer:
         for row_T, ids in zip(padded_BT, batch, strict=True):
             row_T[: len(ids)] = ids
         return padded_BT
+
+
+def _named(document: dict[str, Any]) -> dict[str, int]:
+    """Ids that a tokenizer.json gives under our names, whatever its vocabulary calls them (see sentencepiece_model)."""
+    tokens = (document.get("post_processor") or {}).get("special_tokens") or {}
+    return {name: tokens[name]["ids"][0] for name in (PAD, BOS, EOS) if name in tokens}
 
 
 def _first_known(ids: dict[str, int], names: Sequence[str]) -> int | None:

@@ -1,11 +1,11 @@
 """The model, on one device. Specs say what it is made of; nothing here knows of processes or clusters."""
 
 from mosaic_dist.model.attention import GQA, MHA, MLA, MQA, Attention, LinearAttention
-from mosaic_dist.model.block import Block
+from mosaic_dist.model.block import Block, BlockKind
 from mosaic_dist.model.count import Counts, count_parameters, flops_per_token
 from mosaic_dist.model.embedding import Embedding, Factored, Table
-from mosaic_dist.model.ffn import FFN, GEGLU, GELU, ClampedSwiGLU, DenseFFN, SwiGLU
-from mosaic_dist.model.head import FactoredOutput, Head, Tied, Untied
+from mosaic_dist.model.ffn import FFN, GEGLU, GELU, ClampedSwiGLU, DenseFFN, Experts, SwiGLU
+from mosaic_dist.model.head import FactoredOutput, Head, Tied, UnitHead, Untied
 from mosaic_dist.model.init import Init, initialize, materialize
 from mosaic_dist.model.linear import GroupedLinear, Matrix, PlainMatrix
 from mosaic_dist.model.moe import (
@@ -19,7 +19,8 @@ from mosaic_dist.model.moe import (
     SoftmaxTopK,
     TopKSoftmax,
 )
-from mosaic_dist.model.norm import LayerNorm, Norm, RMSNorm
+from mosaic_dist.model.ngpt import NormalizedBlock
+from mosaic_dist.model.norm import LayerNorm, Norm, RMSNorm, UnitNorm
 from mosaic_dist.model.position import (
     ALiBi,
     DecoupledRoPE,
@@ -33,8 +34,11 @@ from mosaic_dist.model.position import (
     Sinusoidal,
     YaRN,
 )
+from mosaic_dist.model.recompute import Recompute, apply_recompute
+from mosaic_dist.model.rows import Rows, gather, spread
 from mosaic_dist.model.ternary import TernaryMatrix, pack_ternary, ternary, unpack_ternary
 from mosaic_dist.model.transformer import LossParts, Transformer, TransformerModel
+from mosaic_dist.model.unit import UnitMatrix
 
 __all__ = [
     "FFN",
@@ -47,11 +51,13 @@ __all__ = [
     "ALiBi",
     "Attention",
     "Block",
+    "BlockKind",
     "ClampedSwiGLU",
     "Counts",
     "DecoupledRoPE",
     "DenseFFN",
     "Embedding",
+    "Experts",
     "Factored",
     "FactoredOutput",
     "GroupedLinear",
@@ -72,11 +78,14 @@ __all__ = [
     "NTKScaling",
     "NoPosition",
     "Norm",
+    "NormalizedBlock",
     "PlainMatrix",
     "Position",
     "RMSNorm",
+    "Recompute",
     "RoPE",
     "Router",
+    "Rows",
     "SigmoidTopK",
     "Sinusoidal",
     "SoftmaxTopK",
@@ -87,13 +96,19 @@ __all__ = [
     "TopKSoftmax",
     "Transformer",
     "TransformerModel",
+    "UnitHead",
+    "UnitMatrix",
+    "UnitNorm",
     "Untied",
     "YaRN",
+    "apply_recompute",
     "count_parameters",
     "flops_per_token",
+    "gather",
     "initialize",
     "materialize",
     "pack_ternary",
+    "spread",
     "ternary",
     "unpack_ternary",
 ]

@@ -1,4 +1,4 @@
-"""Transformer blocks: how attention and feed-forward network join the residual stream."""
+"""Transformer blocks: how attention and feed-forward network join the residual stream. nGPT's is in `ngpt.py`."""
 
 from typing import Any
 
@@ -12,24 +12,28 @@ from mosaic_dist.model.position import Position
 from mosaic_dist.spec import Fraction, Spec, at
 
 
-class Block(Spec, type="prenorm"):
-    """x + attention(norm(x)), then x + ffn(norm(x)) (pre-norm; Xiong et al., arXiv 2002.04745)."""
+class BlockKind(Spec):
+    """Family of blocks. `dropout` acts on what attention and feed-forward network give."""
 
     attention: Attention
     ffn: FFN
     dropout: Fraction = 0.0
 
-    def build(self, dim: int, norm: Norm, position: Position) -> "PreNormBlock":
-        """The block's module. A part that does not fit the width is refused with its path."""
+    def build(self, dim: int, norm: Norm, position: Position) -> "BlockModule":
+        """The block's module. `norm` is the model's. A part that does not fit the width is refused with its path."""
+        raise TypeError(f"{type(self).__name__} cannot be built: choose a kind of block")
+
+    def build_parts(self, dim: int, position: Position) -> tuple[AttentionModule, nn.Module]:
+        """Attention and feed-forward network, which every kind has."""
         with at("attention"):
             attention = self.attention.build(dim, position)
         with at("ffn"):
             ffn = self.ffn.build(dim)
-        return PreNormBlock(attention, ffn, norm.build(dim), norm.build(dim), self.dropout)
+        return attention, ffn
 
 
-class PreNormBlock(nn.Module):
-    """See `Block`."""
+class BlockModule(nn.Module):
+    """Base of block modules. The norms are what the kind does before or after its two parts."""
 
     def __init__(
         self, attention: AttentionModule, ffn: nn.Module, attention_norm: nn.Module, ffn_norm: nn.Module, dropout: float
@@ -41,13 +45,31 @@ class PreNormBlock(nn.Module):
 
     def forward(self, x_BTD: Tensor, sight: Sight, cache: Any = None) -> tuple[Tensor, Extras]:
         """x_BTD -> ([B, T, D], what the feed-forward network tells)."""
-        x_BTD = x_BTD + self._drop(self.attention(self.attention_norm(x_BTD), sight, cache))
-        out_BTD, extras = self.ffn(self.ffn_norm(x_BTD))
-        return x_BTD + self._drop(out_BTD), extras
+        raise TypeError(f"{type(self).__name__} has no forward")
 
     def new_cache(self, batch: int, capacity: int) -> Any:
         """The attention's."""
         return self.attention.new_cache(batch, capacity)
 
-    def _drop(self, x: Tensor) -> Tensor:
+    def drop(self, x: Tensor) -> Tensor:
+        """Dropout, while training."""
         return functional.dropout(x, self.dropout, training=self.training) if self.dropout else x
+
+
+class Block(BlockKind, type="prenorm"):
+    """x + attention(norm(x)), then x + ffn(norm(x)) (pre-norm; Xiong et al., arXiv 2002.04745)."""
+
+    def build(self, dim: int, norm: Norm, position: Position) -> "PreNormBlock":
+        """See `BlockKind.build`."""
+        attention, ffn = self.build_parts(dim, position)
+        return PreNormBlock(attention, ffn, norm.build(dim), norm.build(dim), self.dropout)
+
+
+class PreNormBlock(BlockModule):
+    """See `Block`."""
+
+    def forward(self, x_BTD: Tensor, sight: Sight, cache: Any = None) -> tuple[Tensor, Extras]:
+        """See `BlockModule.forward`."""
+        x_BTD = x_BTD + self.drop(self.attention(self.attention_norm(x_BTD), sight, cache))
+        out_BTD, extras = self.ffn(self.ffn_norm(x_BTD))
+        return x_BTD + self.drop(out_BTD), extras

@@ -1,12 +1,15 @@
 """Output heads: from the last hidden state to logits over the vocabulary."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from mosaic_dist.model.embedding import EmbeddingModule
 from mosaic_dist.model.linear import Linear
-from mosaic_dist.spec import Positive, Spec
+from mosaic_dist.model.unit import Scale, unit
+from mosaic_dist.spec import Positive, Spec, SpecError
 
 
 class Head(Spec):
@@ -46,6 +49,26 @@ class FactoredOutput(Head, type="factored"):
         return FactoredHead(vocab, self.rank, dim)
 
 
+class UnitHead(Head, type="unit"):
+    """Logits against a table whose rows have length one, times a learned scale per token (nGPT, arXiv 2410.01131).
+
+    From a hidden state of length one (norm `unit`) the logits are cosines at the start, so the loss is near log(vocab);
+    the scales, the paper's s_z, then grow. With `tied` the table is the embedding's, which must be as wide as the
+    model.
+    """
+
+    tied: bool = False
+
+    def build(self, vocab: int, dim: int, embedding: EmbeddingModule) -> nn.Module:
+        """weight [vocab, dim], of its own or shared with the embedding; scale.weight [vocab]."""
+        width = embedding.weight.shape[1]
+        if self.tied and width != dim:
+            raise SpecError(
+                "tied", f"the embedding's table is {width} wide, the model {dim}; use embedding 'table', or tied=False"
+            )
+        return UnitLinearHead(vocab, dim, embedding.weight if self.tied else None)
+
+
 class TiedHead(nn.Module):
     """See `Tied`. `weight` is the very parameter of the embedding, registered here too so that ZeRO-3 gathers it."""
 
@@ -82,3 +105,17 @@ class LinearHead(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         """x_BTD -> logits_BTV."""
         return functional.linear(x_BTD, self.weight)
+
+
+class UnitLinearHead(nn.Module):
+    """See `UnitHead`. A shared `weight` is registered here too, as in `TiedHead`."""
+
+    def __init__(self, vocab: int, dim: int, shared_VD: nn.Parameter | None):
+        super().__init__()
+        self.deviation = 1 / math.sqrt(dim)
+        self.weight = nn.Parameter(torch.empty(vocab, dim)) if shared_VD is None else shared_VD
+        self.scale = Scale(vocab, start=1.0, stored=1 / math.sqrt(dim))
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """x_BTD -> logits_BTV."""
+        return functional.linear(x_BTD, unit(self.weight, 1, self.scale()[:, None]))

@@ -20,7 +20,8 @@ class Init(Spec, type="gpt2"):
 
     GPT-2 (Radford et al. 2019, section 2.3). Gains start at one, biases at zero. Projections between a factored table
     and the model keep the scale of what passes them: with `std` on both factors, tokens would start 1/20 as large as
-    positions and stay unread for a long time.
+    positions and stay unread for a long time. A module that names a `deviation` of its own, or constants by parameter
+    name as its `starts`, gets these.
     """
 
     std: PositiveFloat = 0.02
@@ -40,15 +41,19 @@ def initialize(model: nn.Module, init: Init, layers: int, seed: int) -> None:
 
 
 def _deviation(module: nn.Module, init: Init, layers: int) -> float:
-    if getattr(module, "keeps_scale", False):
-        return 1 / math.sqrt(module.in_features)  # type: ignore[arg-type]
+    own: float | None = getattr(module, "deviation", None)
+    if own is not None:
+        return own
     residual = getattr(module, "residual", False) and init.scale_residual
     return init.std / math.sqrt(2 * layers) if residual else init.std
 
 
 def _fill(module: nn.Module, parameter: Tensor, name: str, full_name: str, std: float, seed: int) -> None:
+    starts: dict[str, float] = getattr(module, "starts", {})
     if name == "bias":
         parameter.zero_()
+    elif name in starts:
+        parameter.fill_(starts[name])
     elif isinstance(module, nn.RMSNorm | nn.LayerNorm):
         parameter.fill_(1.0)
     elif isinstance(module, GroupedLinear):

@@ -1,9 +1,9 @@
-"""Matrix layers: one weight (`Linear`), or one per expert over rows sorted by expert (`GroupedLinear`).
+"""Matrix layers: one weight (`Linear`), or one per expert (`GroupedLinear`).
 
-`Matrix` is the family of their kinds: how the weights enter the product. The ternary kind is in `ternary.py`.
+`Matrix` is the family of their kinds: how the weights enter the product. `ternary.py` and `unit.py` hold further ones.
 """
 
-from collections.abc import Sequence
+import math
 
 import torch
 from torch import Tensor, nn
@@ -16,21 +16,34 @@ class Linear(nn.Linear):
     """`nn.Linear` that knows how it is to be initialised.
 
     `residual`: it writes into the residual stream. `keeps_scale`: its output is to be as large as its input, so its
-    deviation is 1 / sqrt(inputs) whatever the model's.
+    `deviation` is 1 / sqrt(inputs) whatever the model's (None).
     """
 
     def __init__(
         self, inputs: int, outputs: int, *, bias: bool = False, residual: bool = False, keeps_scale: bool = False
     ):
         super().__init__(inputs, outputs, bias=bias)
-        self.residual, self.keeps_scale = residual, keeps_scale
+        self.residual = residual
+        self.deviation = 1 / math.sqrt(inputs) if keeps_scale else None
 
     def reset_parameters(self) -> None:
         """Leave the values to `init.initialize`, which draws them by parameter name."""
 
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., inputs] -> [..., outputs]."""
+        return functional.linear(self.seen_rows(x), self.effective_weight(), self.bias)
+
+    def seen_rows(self, x: Tensor) -> Tensor:
+        """What the product sees of its input."""
+        return x
+
+    def effective_weight(self) -> Tensor:
+        """What the product sees of the weights, [outputs, inputs]."""
+        return self.weight
+
 
 class GroupedLinear(nn.Module):
-    """A linear layer per expert: rows of expert 0 first, then of expert 1, ... each times its own matrix.
+    """A linear layer per expert. It holds the weights; `ffn.kernel` does the products of all experts.
 
     weight [e, inputs, outputs], bias [e, outputs]. `first_expert` is the model-wide index of the first expert held
     here and `total_experts` the number in the model: with `keep_experts` a layer comes to hold a part of them.
@@ -49,19 +62,13 @@ class GroupedLinear(nn.Module):
         self.weight = nn.Parameter(self.weight[:count])
         self.bias = None if self.bias is None else nn.Parameter(self.bias[:count])
 
-    def forward(self, x_RI: Tensor, counts_e: Sequence[int]) -> Tensor:
-        """x_RI [R, inputs] sorted by expert, counts_e[i] rows for local expert i -> [R, outputs]."""
-        return grouped_linear(x_RI, self.weight, self.bias, counts_e)
+    def seen_rows(self, x_RI: Tensor) -> Tensor:
+        """What the products see of their inputs."""
+        return x_RI
 
-
-def grouped_linear(x_RI: Tensor, weight_eIO: Tensor, bias_eO: Tensor | None, counts_e: Sequence[int]) -> Tensor:
-    """x_RI sorted by expert, counts_e[i] rows for local expert i -> [R, O]. Experts without rows get zero gradients."""
-    chunks = x_RI.split(list(counts_e))
-    # unbind, not an index per expert: the gradient of an index is as large as the whole stack, for each expert anew
-    rows = [chunk @ weight_IO for chunk, weight_IO in zip(chunks, weight_eIO.unbind(), strict=True)]
-    if bias_eO is not None:
-        rows = [row + bias_O for row, bias_O in zip(rows, bias_eO.unbind(), strict=True)]
-    return torch.cat(rows)
+    def effective_weight(self) -> Tensor:
+        """What the products see of the weights, [e, inputs, outputs]."""
+        return self.weight
 
 
 class Matrix(Spec):

@@ -1,7 +1,8 @@
-"""Normalisations. Each is computed in float32 inside the kernel and returned in the input's dtype."""
+"""Normalisations. Each is computed in float32 inside and returned in the input's dtype."""
 
-from torch import nn
+from torch import Tensor, nn
 
+from mosaic_dist.model.unit import unit
 from mosaic_dist.spec import PositiveFloat, Spec
 
 
@@ -32,3 +33,19 @@ class LayerNorm(Norm, type="layernorm"):
     def build(self, dim: int) -> nn.Module:
         """Gain [dim], bias [dim]."""
         return nn.LayerNorm(dim, eps=self.eps, bias=self.bias)
+
+
+class UnitNorm(Norm, type="unit"):
+    """x / |x|, without a gain: a point of the unit sphere (nGPT, arXiv 2410.01131). Zeros stay zeros."""
+
+    def build(self, dim: int) -> nn.Module:
+        """No parameters."""
+        return UnitNormModule()
+
+
+class UnitNormModule(nn.Module):
+    """See `UnitNorm`."""
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """x_BTD -> [B, T, D]."""
+        return unit(x_BTD)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mosaic_dist.model.linear import GroupedLinear, Linear, Matrix, grouped_linear
+from mosaic_dist.model.linear import GroupedLinear, Linear, Matrix
 
 SMALLEST_SCALE = 1e-5
 """Floor of an absolute mean or maximum, as in BitNet's reference code: a matrix or row of zeros stays zero."""
@@ -46,17 +46,25 @@ class TernaryMatrix(Matrix, type="ternary"):
 class TernaryLinear(Linear):
     """`Linear` over rounded inputs and weights."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., inputs] -> [..., outputs]."""
-        return functional.linear(round_rows(x), round_weight(self.weight), self.bias)
+    def seen_rows(self, x: Tensor) -> Tensor:
+        """See `round_rows`."""
+        return round_rows(x)
+
+    def effective_weight(self) -> Tensor:
+        """See `round_weight`."""
+        return round_weight(self.weight)
 
 
 class TernaryGroupedLinear(GroupedLinear):
     """`GroupedLinear` over rounded inputs and weights, with a scale per expert: which others are here plays no part."""
 
-    def forward(self, x_RI: Tensor, counts_e: Sequence[int]) -> Tensor:
-        """See `GroupedLinear.forward`."""
-        return grouped_linear(round_rows(x_RI), round_weight(self.weight), self.bias, counts_e)
+    def seen_rows(self, x_RI: Tensor) -> Tensor:
+        """See `round_rows`."""
+        return round_rows(x_RI)
+
+    def effective_weight(self) -> Tensor:
+        """See `round_weight`."""
+        return round_weight(self.weight)
 
 
 def ternary(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mosaic_dist.model.attention import Sight
-from mosaic_dist.model.block import Block
+from mosaic_dist.model.block import BlockKind
 from mosaic_dist.model.compatibility import check_pair
 from mosaic_dist.model.embedding import Embedding, Table
 from mosaic_dist.model.ffn import Extras
@@ -27,7 +27,7 @@ class Transformer(Spec):
     context: Positive
     embedding: Embedding = Table()
     position: Position = Learned()
-    blocks: tuple[Block, ...]
+    blocks: tuple[BlockKind, ...]
     norm: Norm = RMSNorm()
     head: Head = Tied()
     init: Init = Init()
@@ -62,6 +62,12 @@ class LossParts(NamedTuple):
     """Sum over layers of weighted auxiliary losses (balance, ...), float32 scalar; a mean over tokens."""
     expert_load: Tensor
     """Choices per expert of each layer that has experts, [layers, E] int64; empty where there are none."""
+    router: Tensor
+    """`ROUTER_MEASURES` of each layer that has experts, [layers, measures] float32; means over tokens."""
+
+
+ROUTER_MEASURES = ("balance", "z", "entropy", "drop_rate")
+"""What each mixture tells of its routing, beside its load: see `MixtureOfExperts.forward`."""
 
 
 class TransformerModel(nn.Module):
@@ -77,7 +83,8 @@ class TransformerModel(nn.Module):
             with at(f"blocks[{i}]"):
                 self.blocks.append(block.build(spec.dim, spec.norm, spec.position))
         self.norm = spec.norm.build(spec.dim)
-        self.head = spec.head.build(spec.vocab, spec.dim, self.embedding)
+        with at("head"):
+            self.head = spec.head.build(spec.vocab, spec.dim, self.embedding)
 
     def forward(
         self,
@@ -149,9 +156,12 @@ def loss_parts(logits_BTV: Tensor, targets_BT: Tensor, told: list[Extras]) -> Lo
         logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
     )
     auxiliary = [extras[key].float() for extras in told for key in extras if key.endswith("_loss")]
-    loads = [extras["expert_load"] for extras in told if "expert_load" in extras]
+    mixtures = [extras for extras in told if "expert_load" in extras]
+    loads = [extras["expert_load"] for extras in mixtures]
+    measures = [torch.stack([extras[name].float() for name in ROUTER_MEASURES]) for extras in mixtures]
     return LossParts(
         cross_entropy,
         torch.stack(auxiliary).sum() if auxiliary else cross_entropy.new_zeros(()),
         nn.utils.rnn.pad_sequence(loads, batch_first=True) if loads else targets_BT.new_zeros(0, 0),
+        torch.stack(measures) if measures else cross_entropy.new_zeros(0, len(ROUTER_MEASURES)),
     )

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import deepspeed
@@ -10,11 +10,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mosaic_dist.model import LossParts, Transformer, initialize, materialize
+from mosaic_dist.model import (
+    Experts,
+    LossParts,
+    MixtureOfExperts,
+    Transformer,
+    apply_recompute,
+    initialize,
+    materialize,
+)
 from mosaic_dist.optim import Optimizer, parameter_groups
 from mosaic_dist.parallel.exchange import place_experts
+from mosaic_dist.parallel.spec import Parallel
 from mosaic_dist.parallel.world import World
 from mosaic_dist.targets import IGNORE_INDEX
+
+HeldOut = tuple[Tensor, Tensor, Tensor | None]
+"""Inputs, targets and documents of a batch, int64 [B, T] of the same shape on every rank (see `Engine.train_step`)."""
 
 
 @dataclasses.dataclass
@@ -33,12 +45,15 @@ class StepResult:
     """Whether the weights were left alone because a gradient was not finite."""
     expert_load: Tensor
     """Choices per expert over the global batch, [layers, E] int64 on CPU."""
+    router: Tensor
+    """`ROUTER_MEASURES` of each layer with experts, means over the global batch, [layers, measures] on CPU."""
 
 
 class Engine:
     """A model in training: this rank's experts of it, under DeepSpeed.
 
-    `config` is a filled DeepSpeed config, `degree` the expert-parallel degree. The weights start from `seed` alone.
+    `config` is a filled DeepSpeed config, `degree` the expert-parallel degree. The weights start from `seed` alone, or
+    are what `fill` writes into the parameters and buffers of this rank's model.
     """
 
     def __init__(
@@ -49,12 +64,23 @@ class Engine:
         degree: int,
         seed: int,
         world: World,
+        fill: Callable[[nn.Module], None] | None = None,
+        parallel: Parallel = Parallel(),  # noqa: B008 - a frozen value
     ):
         with torch.device("meta"):
             model = spec.build()
         place_experts(model, degree, world.rank)
+        self.mixtures = [layer for layer in model.modules() if isinstance(layer, MixtureOfExperts)]
+        for layer in self.mixtures:
+            layer.chunks = parallel.expert_chunks
+        if self.mixtures:  # their layers are used together, so ZeRO-3 is to gather them together
+            deepspeed.utils.set_z3_leaf_modules(model, [Experts])
+        apply_recompute(model, parallel.recompute)
         materialize(model, torch.device("cpu"))
-        initialize(model, spec.init, len(spec.blocks), seed)
+        if fill is None:
+            initialize(model, spec.init, len(spec.blocks), seed)
+        else:
+            fill(model)
         self.world, self.degree = world, degree
         self.zero_stage: int = config["zero_optimization"]["stage"]
         self.accumulation: int = config["gradient_accumulation_steps"]
@@ -72,11 +98,14 @@ class Engine:
         """The module with this rank's parameters."""
         return self.deepspeed.module
 
-    def train_step(self, inputs_BT: Tensor, targets_BT: Tensor, learning_rate: float) -> StepResult:
+    def train_step(
+        self, inputs_BT: Tensor, targets_BT: Tensor, learning_rate: float, documents_BT: Tensor | None = None
+    ) -> StepResult:
         """Forward and backward over this rank's sequences in `accumulation` micro-batches, then one update.
 
-        inputs_BT, targets_BT int64, of the same shape on every rank. The gradient is that of the mean cross-entropy
-        over all scored tokens of the global batch plus the mean of the auxiliary losses. Every rank must call.
+        inputs_BT, targets_BT, documents_BT (see `TransformerModel.forward`) int64, of the same shape on every rank. The
+        gradient is that of the mean cross-entropy over all scored tokens of the global batch plus the mean of the
+        auxiliary losses. Every rank must call.
         """
         device = self.world.device
         scored = (targets_BT != IGNORE_INDEX).sum().to(device)
@@ -84,16 +113,18 @@ class Engine:
         # DeepSpeed averages over micro-batches and ranks, so the sum over tokens is scaled up by their number
         scale = self.accumulation * self.world.size / scored.clamp(min=1)
         parts: list[LossParts] = []
-        for inputs, targets in zip(
-            inputs_BT.chunk(self.accumulation), targets_BT.chunk(self.accumulation), strict=True
-        ):
-            part = self.deepspeed(inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True))
+        whole = (inputs_BT, targets_BT) if documents_BT is None else (inputs_BT, targets_BT, documents_BT)
+        for micro_batch in zip(*(tensor.chunk(self.accumulation) for tensor in whole), strict=True):
+            part = self.deepspeed(*(tensor.to(device, non_blocking=True) for tensor in micro_batch))
             self.deepspeed.backward(part.cross_entropy_sum * scale + part.auxiliary)
             parts.append(LossParts(*(value.detach() for value in part)))
             if len(parts) < self.accumulation:
                 self.deepspeed.step()  # counts the micro-batch; the update comes with the last one
         grad_norm, skipped = self._update(learning_rate)
-        return self._summarize(parts, scored, grad_norm, skipped)
+        result = self._summarize(parts, scored, grad_norm, skipped)
+        for layer, load_E in zip(self.mixtures, result.expert_load, strict=True):
+            layer.end_step(None if skipped else load_E[: layer.spec.experts].to(device))
+        return result
 
     def _update(self, learning_rate: float) -> tuple[float, bool]:
         """Clip and update. Returns the gradient norm and whether the update was skipped."""
@@ -141,9 +172,11 @@ class Engine:
         """Add the losses of all micro-batches and ranks up."""
         sums = torch.stack([torch.stack([p.cross_entropy_sum, p.auxiliary]) for p in parts]).double().sum(0)
         load = torch.stack([p.expert_load for p in parts]).sum(0)
+        router = torch.stack([p.router for p in parts]).mean(0) / self.world.size
         dist.all_reduce(sums)
         if load.numel():
             dist.all_reduce(load)
+            dist.all_reduce(router)
         tokens = int(scored.item())
         cross_entropy, auxiliary = sums.tolist()
         return StepResult(
@@ -153,20 +186,45 @@ class Engine:
             grad_norm=grad_norm,
             skipped=skipped,
             expert_load=load.cpu(),
+            router=router.cpu(),
         )
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+    def evaluate(self, batches: Iterable[HeldOut]) -> float:
         """Mean cross-entropy per scored token over the batches of all ranks. Each rank must bring as many batches."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
-        self.deepspeed.eval()
-        for inputs_BT, targets_BT in batches:
-            part = self.deepspeed(inputs_BT.to(self.world.device), targets_BT.to(self.world.device))
-            sums[0] += part.cross_entropy_sum
+        for inputs_BT, targets_BT, documents_BT in self._without_dropout(batches):
+            sums[0] += self.deepspeed(inputs_BT, targets_BT, documents_BT).cross_entropy_sum
             sums[1] += (targets_BT != IGNORE_INDEX).sum()
-        self.deepspeed.train()
         dist.all_reduce(sums)
         return (sums[0] / sums[1].clamp(min=1)).item()
+
+    @torch.no_grad()
+    def exact_match(self, batches: Iterable[HeldOut]) -> float:
+        """Share of rows, over the batches of all ranks, whose scored targets are all what greedy decoding gives.
+
+        A greedy answer is right to the letter exactly if each of its tokens is the most likely one after the right
+        tokens before it. So one forward pass tells, of the same shape on every rank, and none waits for another's
+        answer to end. Rows without a scored target do not count. Each rank must bring as many batches.
+        """
+        counts = torch.zeros(2, dtype=torch.int64, device=self.world.device)
+        for inputs_BT, targets_BT, documents_BT in self._without_dropout(batches):
+            likeliest_BT = self.deepspeed(inputs_BT, documents_BT=documents_BT).argmax(-1)
+            scored_BT = targets_BT != IGNORE_INDEX
+            asked_B = scored_BT.any(1)
+            right_B = asked_B & ((likeliest_BT == targets_BT) | ~scored_BT).all(1)
+            counts += torch.stack([right_B.sum(), asked_B.sum()])
+        dist.all_reduce(counts)
+        right, asked = counts.tolist()
+        return right / max(1, asked)
+
+    def _without_dropout(self, batches: Iterable[HeldOut]) -> Iterator[HeldOut]:
+        """The batches on this rank's device, with the model in evaluation mode until the last of them is done."""
+        device = self.world.device
+        self.deepspeed.eval()
+        for inputs_BT, targets_BT, documents_BT in batches:
+            yield inputs_BT.to(device), targets_BT.to(device), None if documents_BT is None else documents_BT.to(device)
+        self.deepspeed.train()
 
 
 def split_expert_groups(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,10 +1,13 @@
 """Expert parallelism: the experts of a layer spread over the ranks of DeepSpeed's expert groups.
 
-`ExpertExchange` replaces the identity exchange of a mixture-of-experts layer: rows travel to the rank that holds
-their expert with one all-to-all, and back with another; a first, small one tells everybody how many rows to expect.
+`ExpertExchange` replaces the identity exchange of a mixture-of-experts layer: each row travels, with its routing
+weight, to the rank that holds its expert, and the weighted result back; a first, small exchange tells everybody how
+many rows to expect. Per choice of a token that is dim + 1 numbers there and dim back, and the same in the backward
+pass.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,38 +16,83 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from mosaic_dist.errors import UserError
-from mosaic_dist.model import GroupedLinear, MixtureOfExperts
+from mosaic_dist.model import Experts, GroupedLinear, LocalExchange, MixtureOfExperts, Rows, gather, spread
 
 
-class AllToAll(torch.autograd.Function):
-    """Rows to the ranks of a group by counts; the gradient takes the same way back. Every rank of it must call."""
+class Transfer:
+    """Rows on their way: `send[w]` of them to rank w of a group, `receive[w]` from it; the gradient the other way.
 
-    @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, send: list[int], receive: list[int], group: Any) -> Tensor:
-        """Send `send[w]` rows to rank w of the group, receive `receive[w]` from it."""
-        ctx.send, ctx.receive, ctx.group = send, receive, group
-        out_RD = rows_RD.new_empty(sum(receive), rows_RD.shape[1])
-        dist.all_to_all_single(out_RD, rows_RD.contiguous(), receive, send, group=group)
+    `start` and `arrive` are two steps of the autograd graph, so that what is computed between them runs while rows
+    travel, forward as well as backward. Every rank of the group must call both, in the same order.
+    """
+
+    def __init__(self, send: list[int], receive: list[int], group: Any):
+        self.send, self.receive, self.group = send, receive, group
+        self.under_way: tuple[Any, Tensor, Tensor] | None = None
+
+    def launch(self, rows_RD: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        """Begin to send; returns what `wait` will have filled."""
+        assert self.under_way is None, "a transfer carries one load at a time"
+        rows_RD, out_RD = rows_RD.contiguous(), rows_RD.new_empty(sum(receive), rows_RD.shape[1])
+        work = dist.all_to_all_single(out_RD, rows_RD, receive, send, group=self.group, async_op=True)
+        self.under_way = work, rows_RD, out_RD  # the rows stay until they have left
         return out_RD
 
+    def wait(self) -> Tensor:
+        """The rows that were sent to here, all of them."""
+        assert self.under_way is not None, "nothing was sent"
+        work, _, out_RD = self.under_way
+        work.wait()
+        self.under_way = None
+        return out_RD
+
+    def start(self, rows_RD: Tensor) -> Tensor:
+        """Send rows; only `arrive` may look at the result."""
+        return _Start.apply(rows_RD, self)
+
+    def arrive(self, coming_RD: Tensor) -> Tensor:
+        """The rows that were sent to here."""
+        return _Arrive.apply(coming_RD, self)
+
+
+class _Start(torch.autograd.Function):
     @staticmethod
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None, None]:
-        """The reverse."""
-        out_RD = grad_RD.new_empty(sum(ctx.send), grad_RD.shape[1])
-        dist.all_to_all_single(out_RD, grad_RD.contiguous(), ctx.send, ctx.receive, group=ctx.group)
-        return out_RD, None, None, None
+    def forward(ctx: Any, rows_RD: Tensor, transfer: Transfer) -> Tensor:
+        ctx.transfer = transfer
+        return transfer.launch(rows_RD, transfer.send, transfer.receive)
+
+    @staticmethod
+    def backward(ctx: Any, unused_RD: Tensor) -> tuple[Tensor, None]:
+        return ctx.transfer.wait(), None
 
 
-class Plan(NamedTuple):
-    """How rows came here, so that results can go back."""
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, coming_RD: Tensor, transfer: Transfer) -> Tensor:
+        ctx.transfer = transfer
+        return transfer.wait().view_as(coming_RD)
 
-    send: list[int]
-    receive: list[int]
-    order_R: Tensor
-    """Permutation from (source rank, expert) order to expert order."""
+    @staticmethod
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
+        ctx.transfer.launch(grad_RD, ctx.transfer.receive, ctx.transfer.send)
+        return grad_RD, None  # of the shape that autograd wants here; what arrives goes from the transfer to `_Start`
 
 
-class ExpertExchange(AutoEPMoELayer):
+class DataParallelCounts:
+    """Sums the counts of a layer over all ranks: with or without expert parallelism, each sees other tokens."""
+
+    def total_counts(self, counts_E: Tensor) -> Tensor:
+        """See `LocalExchange.total_counts`. Every rank must call."""
+        total_E = counts_E.clone()
+        dist.all_reduce(total_E)
+        return total_E
+
+
+class ReplicatedExperts(DataParallelCounts, LocalExchange):
+    """The exchange of a layer whose experts are all on every rank."""
+
+
+class ExpertExchange(DataParallelCounts, AutoEPMoELayer):
     """See the module's text; the interface is `LocalExchange`'s.
 
     It derives from DeepSpeed's AutoEP layer, of which it uses nothing, because the engine looks for that class to see
@@ -67,25 +115,29 @@ class ExpertExchange(AutoEPMoELayer):
         self.group = groups._get_expert_parallel_group(self.ep_group_name)
         assert dist.get_rank(self.group) == self.ep_rank, "experts were placed for another rank of the expert group"
 
-    def dispatch(self, rows_RD: Tensor, counts_E: Tensor) -> tuple[Tensor, list[int], Plan]:
-        """See `LocalExchange.dispatch`. Every rank of the expert group must call, also with no rows."""
-        counts_We = counts_E.view(self.ep_size, -1)
+    def forward(self, x_SD: Tensor, rows: Rows, experts: Experts, meanwhile: Callable[[], None]) -> Tensor:
+        """See `LocalExchange.forward`. Every rank of the expert group must call, also with no rows."""
+        counts_We = rows.counts_E.view(self.ep_size, -1)
         arriving_We = torch.empty_like(counts_We)
         dist.all_to_all_single(arriving_We, counts_We.contiguous(), group=self.group)
         # one transfer to the host for all that it must know
-        both_2We = torch.stack([counts_We, arriving_We]).tolist()
-        send, receive = ([sum(row) for row in side] for side in both_2We)
-        counts_e = [sum(column) for column in zip(*both_2We[1], strict=True)]
-        rows_RD = AllToAll.apply(rows_RD, send, receive, self.group)
-        expert_We = torch.arange(self.num_local_experts, device=rows_RD.device).repeat(self.ep_size)
-        order_R = expert_We.repeat_interleave(arriving_We.flatten(), output_size=sum(receive)).argsort(stable=True)
-        return rows_RD[order_R], counts_e, Plan(send, receive, order_R)
+        send, receive = torch.stack([counts_We.sum(1), arriving_We.sum(1)]).tolist()
+        there, back = Transfer(send, receive, self.group), Transfer(receive, send, self.group)
 
-    def combine(self, rows_RD: Tensor, plan: Plan) -> Tensor:
-        """See `LocalExchange.combine`."""
-        back_R = torch.empty_like(plan.order_R)
-        back_R[plan.order_R] = torch.arange(len(back_R), device=back_R.device)
-        return AllToAll.apply(rows_RD[back_R], plan.receive, plan.send, self.group)
+        weights_R1 = rows.weights_R[:, None].to(x_SD.dtype)
+        coming = there.start(torch.cat([spread(x_SD, rows), weights_R1], 1))
+        meanwhile()
+        held = there.arrive(coming)
+        results_RD = experts(held[:, :-1], self._by_expert(held[:, -1], arriving_We))
+        return gather(back.arrive(back.start(results_RD)), rows)
+
+    def _by_expert(self, weights_R: Tensor, arriving_We: Tensor) -> Rows:
+        """The order of the experts for rows that came sorted by (source, expert)."""
+        expert_We = torch.arange(self.num_local_experts, device=weights_R.device).repeat(self.ep_size)
+        expert_R = expert_We.repeat_interleave(arriving_We.flatten(), output_size=len(weights_R))
+        order_R = expert_R.argsort(stable=True)
+        places_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
+        return Rows(order_R, weights_R[order_R], places_R[:, None], arriving_We.sum(0))
 
 
 def expert_counts(model: nn.Module) -> list[int]:
@@ -121,13 +173,13 @@ def _divisors(number: int) -> str:
 def place_experts(model: nn.Module, degree: int, rank: int) -> None:
     """Let each mixture of a model on the meta device hold only the experts of this rank, and mark their parameters.
 
-    With degree 1 nothing changes: experts are parameters like all others. The marks are what DeepSpeed reads to keep
-    experts out of the data-parallel average and, under ZeRO-3, to partition them over the expert-data group.
+    With degree 1 experts are parameters like all others. The marks are what DeepSpeed reads to keep experts out of the
+    data-parallel average and, under ZeRO-3, to partition them over the expert-data group.
     """
-    if degree == 1:
-        return
     for layer in model.modules():
-        if isinstance(layer, MixtureOfExperts):
+        if isinstance(layer, MixtureOfExperts) and degree == 1:
+            layer.exchange = ReplicatedExperts()
+        elif isinstance(layer, MixtureOfExperts):
             layer.exchange = ExpertExchange(layer.spec.experts, degree, rank)
             held = layer.exchange.num_local_experts
             for module in layer.experts.modules():

@@ -2,14 +2,19 @@
 
 from typing import Literal
 
+from mosaic_dist.model import Recompute
 from mosaic_dist.spec import Positive, PositiveFloat, Spec
 
 
 class Parallel(Spec):
     """`expert_parallel` ranks share the experts of a layer; "auto": the most that divide them and fit in a node.
 
+    `expert_chunks` above 1 bounds the memory that badly balanced routing can take: the tokens of a micro-batch pass the
+    experts in so many parts, each computed again in the backward pass. `recompute` says what else is.
     `timeout_seconds` is how long a rank waits in a collective for the others before the run is ended.
     """
 
     expert_parallel: Positive | Literal["auto"] = "auto"
+    expert_chunks: Positive = 1
+    recompute: Recompute = Recompute()
     timeout_seconds: PositiveFloat = 1800.0

@@ -16,9 +16,8 @@ import torch
 
 from mosaic_dist.errors import UserError
 from mosaic_dist.files import write_atomic
-from mosaic_dist.run_spec import Run, differences
+from mosaic_dist.run_spec import Run, differences, listing
 
-SHOWN_DIFFERENCES = 8
 PACKAGES = ("mosaic-dist", "torch", "deepspeed", "mosaicml-streaming", "tokenizers", "safetensors", "numpy")
 
 
@@ -41,9 +40,7 @@ class RunFolder:
         if self.run_yaml.exists():
             found = list(differences(Run.from_yaml(self.run_yaml.read_text()), run))
             if found:
-                more = f"\n  and {len(found) - SHOWN_DIFFERENCES} more" if len(found) > SHOWN_DIFFERENCES else ""
-                listing = "\n  ".join(found[:SHOWN_DIFFERENCES])
-                raise UserError(f"{self.path} holds another run; choose another --output.\n  {listing}{more}")
+                raise UserError(f"{self.path} holds another run; choose another --output.{listing(found)}")
         elif self.path.exists() and any(self.path.iterdir()):
             raise UserError(f"{self.path} is not empty and holds no run.yaml; choose another --output")
         self.checkpoints.mkdir(parents=True, exist_ok=True)

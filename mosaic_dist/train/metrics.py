@@ -12,7 +12,8 @@ class MetricsFile:
 
     Fields of a record: `step` (updates done), `tokens` (seen so far), `loss` (mean cross-entropy in nats),
     `auxiliary_loss`, `learning_rate`, `grad_norm` (before clipping), `skipped`, `step_seconds`, `data_seconds` (waiting
-    for data), `tokens_per_second`, `mfu`, `expert_max_over_mean` (worst layer), and on some steps `validation_loss`.
+    for data), `tokens_per_second`, `mfu`, `expert_max_over_mean` (worst layer), and on some steps `validation_loss` and
+    `validation_exact_match` (share of the questions answered to the letter).
     """
 
     def __init__(self, path: Path, step: int):

@@ -58,6 +58,8 @@ class Metrics:
             record["expert_max_over_mean"] = (load_LE.amax(1) / load_LE.mean(1)).max().item()
         if trainer.validation_loss is not None:
             record["validation_loss"] = trainer.validation_loss
+        if trainer.validation_exact_match is not None:
+            record["validation_exact_match"] = trainer.validation_exact_match
         self.file.write(record)
         for tracker in self.trackers:
             tracker.write(step, {key: value for key, value in record.items() if key != "step"})
@@ -75,12 +77,14 @@ class Speed:
 
 
 class ProgressBar:
-    """A bar with loss, learning rate, gradient norm, speed and ETA; plain lines where stderr is no terminal."""
+    """A bar with the step's figures, the last exact match and ETA; plain lines where stderr is no terminal."""
 
     def __init__(self, run: Run, step: int, until_step: int, speed: Speed):
         self.speed, self.until_step = speed, until_step
         self.bar = tqdm(total=until_step, initial=step, unit="step", desc=run.name, disable=not sys.stderr.isatty())
         self.first_step, self.started, self.last_line = step, time.monotonic(), 0.0
+        self.exact_match: float | None = None
+        """The last that was measured: most lines fall between two validations."""
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """Advance."""
@@ -91,6 +95,10 @@ class ProgressBar:
             "tokens/s": f"{result.tokens / trainer.step_seconds:,.0f}",
             "mfu": f"{self.speed.mfu(result.tokens, trainer.step_seconds):.1%}",
         }
+        if trainer.validation_exact_match is not None:
+            self.exact_match = trainer.validation_exact_match
+        if self.exact_match is not None:
+            words["exact match"] = f"{self.exact_match:.1%}"
         step = trainer.progress.step
         if not self.bar.disable:
             self.bar.set_postfix(words, refresh=False)

@@ -1,5 +1,6 @@
 """One start of a run: claim the folder, continue or begin, train, leave everything in order."""
 
+import functools
 import sys
 from typing import Any
 
@@ -13,6 +14,7 @@ from mosaic_dist.model import Counts, flops_per_token
 from mosaic_dist.parallel import Engine, StepResult, World, gather_problems, on_main
 from mosaic_dist.run_spec import Run
 from mosaic_dist.train.folder import RunFolder
+from mosaic_dist.train.initial import InitialWeights, fill, verify_together
 from mosaic_dist.train.peak import peak_flops_per_second
 from mosaic_dist.train.reporting import LossPlot, Metrics, ProgressBar, Speed, make_trackers
 from mosaic_dist.train.trainer import Hook, NonfiniteGuard, Progress, Trainer, Validation
@@ -27,16 +29,22 @@ def train_run(
     output: str,
     stop_at_step: int | None,
     world: World,
+    initial: InitialWeights | None = None,
 ) -> Trainer:
     """Train `run` in the folder `output`, from its newest checkpoint if it has one. Every rank calls.
 
-    `config` is a filled DeepSpeed config and `degree` the expert-parallel degree.
+    `config` is a filled DeepSpeed config and `degree` the expert-parallel degree. Where there is no checkpoint, the run
+    starts from `initial`, or from its seed.
     """
     folder = RunFolder(output)
+    if initial is not None:  # before the folder is claimed: a damaged file must leave nothing behind
+        verify_together(initial, world)
+        say(world, f"starting from the weights in {initial.path}")
     on_main(world, lambda: folder.claim(run))
     peak, peak_source = peak_flops_per_second(world.device)
     torch.manual_seed(run.seed + world.rank)
-    engine = Engine(run.model, run.optimizer, config, degree, run.seed, world)
+    filled = None if initial is None else functools.partial(fill, weights=initial)
+    engine = Engine(run.model, run.optimizer, config, degree, run.seed, world, filled)
     checkpoint = newest_good(folder, world)
     trainer = begin(run, info, engine, checkpoint, min(run.steps, stop_at_step or run.steps))
     facts = {
@@ -91,19 +99,21 @@ def begin(run: Run, info: DatasetInfo, engine: Engine, checkpoint: Checkpoint | 
 def make_hooks(trainer: Trainer, folder: RunFolder, info: DatasetInfo, speed: Speed) -> list[Hook]:
     """What happens after each step, in this order. The main process alone reports."""
     run, world, step = trainer.run, trainer.engine.world, trainer.progress.step
-    held_out = None
-    if run.validate_every_steps:
-        limit = run.validation_samples or None
-        held_out = ValidationBatches(
+
+    def first(samples: int | None) -> ValidationBatches:
+        return ValidationBatches(
             run.data,
             info,
             batch=run.micro_batch,
             rank=world.rank,
             world_size=world.size,
             seq_len=run.seq_len,
-            limit=limit,
+            limit=samples,
         )
-    hooks: list[Hook] = [NonfiniteGuard(run.nonfinite), Validation(held_out)]
+
+    held_out = first(run.validation_samples or None) if run.validate_every_steps else None
+    questions = first(run.exact_match_samples) if run.exact_match_samples else None
+    hooks: list[Hook] = [NonfiniteGuard(run.nonfinite), Validation(held_out, questions)]
     if world.is_main:
         hooks.append(Metrics(folder, step, make_trackers(run, folder.path), speed))
         hooks.append(ProgressBar(run, step, trainer.until_step, speed))

@@ -36,7 +36,8 @@ class Trainer:
         self.step_seconds = 0.0
         self.data_seconds = 0.0
         self.validation_loss: float | None = None
-        """Of the step that was just done; None where it was not measured."""
+        self.validation_exact_match: float | None = None
+        """Both of the step that was just done; None where they were not measured."""
 
     @property
     def is_ending(self) -> bool:
@@ -57,7 +58,7 @@ class Trainer:
             self.learning_rate = self.run.optimizer.learning_rate * self.run.schedule.factor(
                 self.progress.step, self.run.steps
             )
-            result = self.engine.train_step(batch.inputs_BT, batch.targets_BT, self.learning_rate)
+            result = self.engine.train_step(batch.inputs_BT, batch.targets_BT, self.learning_rate, batch.documents_BT)
             self.progress.step += 1
             self.progress.tokens += result.tokens
             self.step_seconds = time.perf_counter() - started
@@ -103,20 +104,26 @@ class NonfiniteGuard:
 
 
 class Validation:
-    """Measures the loss on held-out data every so many steps and at the run's end, and judges by it."""
+    """Measures the loss on held-out data every so many steps and at the run's end, and judges by it.
 
-    def __init__(self, batches: ValidationBatches | None):
-        self.batches = batches
+    `questions` are those rows whose answers are compared to the letter besides.
+    """
+
+    def __init__(self, batches: ValidationBatches | None, questions: ValidationBatches | None = None):
+        self.batches, self.questions = batches, questions
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """Evaluate when due, keep the list of the best, and stop a run that gains nothing any more."""
-        trainer.validation_loss = None
+        trainer.validation_loss = trainer.validation_exact_match = None
         run, progress = trainer.run, trainer.progress
         due = run.validate_every_steps and progress.step % run.validate_every_steps == 0
         if self.batches is None or not (due or progress.step == run.steps):
             return
-        loss = trainer.engine.evaluate((batch.inputs_BT, batch.targets_BT) for batch in self.batches)
+        loss = trainer.engine.evaluate((b.inputs_BT, b.targets_BT, b.documents_BT) for b in self.batches)
         trainer.validation_loss = loss
+        if self.questions is not None:
+            rows = ((b.inputs_BT, b.targets_BT, b.documents_BT) for b in self.questions)
+            trainer.validation_exact_match = trainer.engine.exact_match(rows)
         improved = not progress.best or loss < progress.best[0][0]
         progress.validations_since_best = 0 if improved else progress.validations_since_best + 1
         progress.best = sorted([*progress.best, [loss, progress.step]])[: max(1, run.checkpoint.keep_best)]

@@ -11,6 +11,7 @@ import openai_gptoss_120b
 import pytest
 
 from mosaic_dist.convert.hugging_face import ARCHITECTURES, config_from_spec, spec_from_config
+from mosaic_dist.convert.hugging_face.standalone import source_code
 from mosaic_dist.convert.hugging_face.twin import canonical
 from mosaic_dist.errors import UserError
 from mosaic_dist.model import GQA, Block, NTKScaling, RMSNorm, RoPE, SwiGLU, Transformer, Untied, count_parameters
@@ -186,6 +187,19 @@ def test_what_an_architecture_cannot_say_is_told(change, reason):
 def test_dropout_is_the_runs_and_plays_no_part():
     blocks = tuple(dataclasses.replace(block, dropout=0.1) for block in SMALL_LLAMA.blocks)
     assert config_from_spec(dataclasses.replace(SMALL_LLAMA, blocks=blocks)) == config_from_spec(SMALL_LLAMA)
+
+
+class OtherBlock(Block, type="test_other_block"):
+    """Like `Block` in all that an architecture asks for."""
+
+
+def test_a_block_of_another_kind_has_no_twin():
+    blocks = tuple(OtherBlock(attention=block.attention, ffn=block.ffn) for block in SMALL_LLAMA.blocks)
+    spec = dataclasses.replace(SMALL_LLAMA, blocks=blocks)
+    with pytest.raises(UserError, match=r"llama: blocks\[0\].type is 'test_other_block', and would be 'prenorm'"):
+        config_from_spec(spec)
+    with pytest.raises(UserError, match="only models made of mosaic_dist's own parts"):
+        source_code(spec)
 
 
 @pytest.mark.parametrize(

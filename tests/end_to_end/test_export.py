@@ -103,7 +103,8 @@ def test_a_run_goes_to_hugging_face_and_back(dataset, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
     python("-m", "mosaic_dist", "export", "--run", run, "--output", ours)
-    python("-m", "mosaic_dist", "export", "--run", run, "--output", hf, "--format", "hf")
+    told = python("-m", "mosaic_dist", "export", "--run", run, "--output", hf, "--format", "hf")
+    assert f"as gpt2: AutoModelForCausalLM.from_pretrained('{hf}')" in told
     python("-m", "mosaic_dist", "import", "--model", hf, "--output", back)
     tokens = torch.randint(0, 512, (2, 32), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -111,3 +112,35 @@ def test_a_run_goes_to_hugging_face_and_back(dataset, tmp_path):
         theirs = AutoModelForCausalLM.from_pretrained(hf)(tokens).logits
         assert torch.equal(load_exported(back)(tokens), expected)
     torch.testing.assert_close(theirs, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_run_without_a_twin_brings_its_code_and_comes_back(trained, exported, tmp_path):
+    hf, back = tmp_path / "hf", tmp_path / "back"
+    told = python("-m", "mosaic_dist", "export", "--run", trained, "--output", hf, "--format", "hf")
+    assert f"AutoModelForCausalLM.from_pretrained('{hf}', trust_remote_code=True)" in told
+    assert {"modeling_mosaic.py", "config.json", "tokenizer.json"} <= {file.name for file in hf.iterdir()}
+    python("-m", "mosaic_dist", "import", "--model", hf, "--output", back)
+    assert (back / "model.safetensors").read_bytes() == (exported / "model.safetensors").read_bytes()
+    assert (
+        json.loads((back / "config.json").read_text())["model"]
+        == json.loads((exported / "config.json").read_text())["model"]
+    )
+
+
+def test_what_cannot_be_packed_is_told(trained, tmp_path):
+    words = (
+        "python",
+        "-m",
+        "mosaic_dist",
+        "export",
+        "--run",
+        trained,
+        "--output",
+        tmp_path / "x",
+        "--ternary",
+        "packed",
+    )
+    for more, reason in (((), "has no ternary matrices to pack"), (("--format", "hf"), "is for --format native")):
+        done = command(*words, *more)
+        assert done.returncode == 2
+        assert reason in done.stdout

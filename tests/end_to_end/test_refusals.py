@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from mosaic_dist.cli import parse_words
+from mosaic_dist.convert import write_model
+from mosaic_dist.spec import override
+from recipes.t4_moe import run
 from tests.end_to_end.conftest import SMALL, command, deepspeed
 
 SECONDS = 60
@@ -67,6 +71,43 @@ def one_process(folder: Path, data: Path, *more: str) -> list[str]:
 def test_in_one_process(dataset, tmp_path, more, says):
     folder = tmp_path / "run"
     refused(one_process(folder, dataset, *more), says, folder)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    """An exported model that the small recipe could start from, in several files."""
+    model = override(run, parse_words(SMALL)[1]).model
+    tensors = model.build_initialized(0).named_parameters()
+    folder = tmp_path_factory.mktemp("weights") / "model"
+    return write_model(folder, model, tensors, {}, None, max_shard_bytes=20_000)
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (("--model.dim", "64"), "holds another model; change these fields of the run, or give another --initial_model"),
+        (("--initial_model", "no/such/folder"), "initial_model: cannot read no/such/folder/config.json"),
+    ],
+)
+def test_weights_that_do_not_fit(dataset, weights, tmp_path, more, says):
+    words = one_process(tmp_path / "run", dataset, "--initial_model", str(weights), *more)
+    refused(words, says, tmp_path / "run")
+
+
+def test_weights_that_are_damaged(dataset, weights, tmp_path):
+    """The rank that hashes the file sees it, all end, and the next start finds no half of a run folder."""
+    damaged = tmp_path / "model"
+    shutil.copytree(weights, damaged)
+    file = max(damaged.glob("*.safetensors"))
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 4]))
+    words = deepspeed(tmp_path / "run", dataset, "--initial_model", str(damaged))
+    refused(words, f"{file.name} is missing or damaged", tmp_path / "run")
+
+
+def test_exact_match_needs_questions(dataset, tmp_path):
+    words = one_process(tmp_path / "run", dataset, "--exact_match_samples", "8")
+    refused(words, "are no questions with an answer each; use --exact_match_samples 0", tmp_path / "run")
 
 
 def test_a_tokenizer_that_is_not_the_datas(dataset, tmp_path):

@@ -1,5 +1,6 @@
-"""Every attention with every position, norm and head learns, and generates with a cache as without, or says why not."""
+"""Every attention, position, shell and block learns, and generates with a cache as without it, or says why not."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -24,6 +25,7 @@ from mosaic_dist.model import (
     MoE,
     MoESwiGLU,
     NoPosition,
+    NormalizedBlock,
     RMSNorm,
     RoPE,
     SigmoidTopK,
@@ -34,10 +36,13 @@ from mosaic_dist.model import (
     Tied,
     TopKSoftmax,
     Transformer,
+    UnitHead,
+    UnitMatrix,
+    UnitNorm,
     Untied,
     YaRN,
 )
-from mosaic_dist.spec import SpecError
+from mosaic_dist.spec import SpecError, override
 
 ATTENTIONS = {
     "mha": MHA(heads=4),
@@ -59,23 +64,35 @@ SHELLS = [
     (RMSNorm(), Tied(), Table()),
     (LayerNorm(), Untied(), Factored(rank=8)),
     (RMSNorm(), FactoredOutput(rank=8), Table()),
+    (UnitNorm(), UnitHead(), Factored(rank=8)),
 ]
+BLOCKS = {"prenorm": Block, "ngpt": NormalizedBlock}
 PAIRS = list(itertools.product(ATTENTIONS, POSITIONS))
 
 
-def make(attention: str, position: str, shell: int = 0) -> Transformer:
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """So small tensors keep several threads waiting for each other: on busy cores the tests took ten times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make(attention: str, position: str, shell: int = 0, kind: str = "prenorm") -> Transformer:
     norm, head, embedding = SHELLS[shell]
     dense, sparse = SwiGLU(width=24), MoE(expert=SwiGLU(width=16), experts=4, top_k=2)
     return Transformer(
         vocab=23, dim=16, context=16, embedding=embedding, norm=norm, head=head, position=POSITIONS[position],
-        blocks=tuple(Block(attention=ATTENTIONS[attention], ffn=ffn) for ffn in (dense, sparse)),
+        blocks=tuple(BLOCKS[kind](attention=ATTENTIONS[attention], ffn=ffn) for ffn in (dense, sparse)),
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("kind", BLOCKS)
 @pytest.mark.parametrize(("attention", "position"), [pair for pair in PAIRS if pair not in REFUSED])
-def test_it_learns_and_its_cache_changes_nothing(attention, position):
+def test_it_learns_and_its_cache_changes_nothing(attention, position, kind):
     for shell in range(len(SHELLS)):
-        model = make(attention, position, shell).build_initialized(0)
+        model = make(attention, position, shell, kind).build_initialized(0)
         tokens = torch.randint(0, 23, (3, 13), generator=torch.Generator().manual_seed(1))
         documents = torch.arange(13).div(6, rounding_mode="floor").expand(3, -1)
         optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
@@ -98,17 +115,50 @@ FFNS = {
     "geglu": GEGLU(width=24),
     "clamped": ClampedSwiGLU(width=24, bias=True),
     "ternary": SwiGLU(width=24, matrix=TernaryMatrix()),
+    "unit": ClampedSwiGLU(width=24, bias=True, matrix=UnitMatrix()),
     "moe_ternary": MoE(expert=GELU(width=16, matrix=TernaryMatrix()), experts=4, shared_experts=1),
+    "moe_unit": MoE(expert=SwiGLU(width=16, matrix=UnitMatrix()), experts=4, shared_experts=1),
     "fine_grained": MoE(expert=SwiGLU(width=32), split=4, experts=8, top_k=3, shared_experts=1, router=TopKSoftmax()),
     "grouped": MoESwiGLU(width=16, experts=8, top_k=2, router=SigmoidTopK(groups=4, top_groups=2), router_bias=True),
 }
 
 
+@pytest.mark.parametrize("kind", BLOCKS)
 @pytest.mark.parametrize("ffn", FFNS)
 @pytest.mark.parametrize("attention", ["gqa", "linear"])
-def test_every_ffn_learns_and_generates(ffn, attention):
-    block = Block(attention=ATTENTIONS[attention], ffn=FFNS[ffn])
-    spec = Transformer(vocab=23, dim=16, context=16, position=RoPE(), blocks=2 * (block,))
+def test_every_ffn_learns_and_generates(ffn, attention, kind):
+    block = BLOCKS[kind](attention=ATTENTIONS[attention], ffn=FFNS[ffn])
+    check_training_and_cache(Transformer(vocab=23, dim=16, context=16, position=RoPE(), blocks=2 * (block,)))
+
+
+MATRICES = {"ternary": TernaryMatrix(), "unit": UnitMatrix(), "unit_unscaled": UnitMatrix(scaled=False)}
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+@pytest.mark.parametrize("matrix", MATRICES)
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_every_attention_takes_every_matrix(attention, matrix, kind):
+    made = dataclasses.replace(ATTENTIONS[attention], matrix=MATRICES[matrix])
+    block = BLOCKS[kind](attention=made, ffn=SwiGLU(width=24))
+    spec = Transformer(vocab=23, dim=16, context=16, blocks=2 * (block,))
+    names = [[name for name, _ in of.build().named_parameters() if ".scale" not in name] for of in (spec, plain(spec))]
+    assert names[0] == names[1]
+    check_training_and_cache(spec)
+
+
+def plain(spec: Transformer) -> Transformer:
+    return override(spec, {"blocks.attention.matrix": "plain"})
+
+
+def test_blocks_of_both_kinds_go_together():
+    parts = {"attention": ATTENTIONS["gqa"], "ffn": FFNS["geglu"]}
+    for kinds in itertools.product(BLOCKS.values(), repeat=2):
+        blocks = tuple(kind(**parts, dropout=0.1) for kind in kinds)
+        check_training_and_cache(Transformer(vocab=23, dim=16, context=16, position=RoPE(), blocks=blocks))
+
+
+def check_training_and_cache(spec: Transformer) -> None:
+    """Three steps on the same tokens lower the loss; afterwards a cache changes nothing."""
     model, tokens = spec.build_initialized(0), torch.randint(0, 23, (3, 13), generator=torch.Generator().manual_seed(1))
     optimizer, losses = torch.optim.AdamW(model.parameters(), 1e-2), []
     for _ in range(3):

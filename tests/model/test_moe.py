@@ -27,7 +27,7 @@ from mosaic_dist.model import (
     count_parameters,
 )
 from mosaic_dist.spec import SpecError, parse
-from tests.model.test_ffn import randomize
+from tests.model.test_ffn import in_order, product, randomize
 
 DIM, EXPERTS, TOKENS = 6, 8, 11
 ROUTERS = [
@@ -87,7 +87,7 @@ def make(spec: MoE, std: float = 1.0) -> MixtureOfExperts:
 def test_a_router_is_the_loop_over_tokens(spec, top_k, bias):
     router = make(MoE(expert=GELU(width=4), experts=EXPERTS, top_k=top_k, router=spec, router_bias=bias)).router
     x = torch.randn(TOKENS, DIM)
-    probs, weights, experts = router(x)
+    _, probs, weights, experts = router(x)
     correction = getattr(router, "correction", torch.zeros(EXPERTS)).tolist()
     for s in range(TOKENS):
         logits = router.weight @ x[s] + (router.bias if bias else 0)
@@ -170,13 +170,13 @@ def test_a_mixture_is_the_loop_over_tokens_in_values_and_gradients(router, kind,
     direction = torch.randn_like(out)
     found = torch.autograd.grad((out * direction).sum() + extras["balance_loss"], [x, *layer.parameters()])
 
-    probs, weights, experts = layer.router(x.flatten(0, 1))
+    _, probs, weights, experts = layer.router(x.flatten(0, 1))
     expected, counts = [], [0] * 4
     for s, token in enumerate(x.flatten(0, 1)):
         total = layer.shared(token)
         for k, e in enumerate(experts[s].tolist()):
             counts[e] += 1
-            rows = [int(e == other) for other in range(4)]
+            rows = in_order([int(e == other) for other in range(4)])
             total = total + weights[s, k] * layer.experts(token[None], rows)[0]
         expected.append(total)
     balance = 0.5 * 4 * sum(counts[e] / 30 * probs[:, e].mean() for e in range(4))
@@ -224,7 +224,7 @@ def test_ternary_experts_have_three_values_each_and_scales_of_their_own():
     with torch.no_grad():
         layer.experts.up.weight[1] *= 100
     unit_rows = torch.eye(DIM).repeat(3, 1)  # their products are the weights that the layer works with
-    products = layer.experts.up(unit_rows, 3 * [DIM]) / math.sqrt(DIM)
+    products = product(layer.experts.up, unit_rows, 3 * [DIM]) / math.sqrt(DIM)
     for expert, values in enumerate(products.split(DIM)):
         scale = layer.experts.up.weight[expert].abs().mean().item()
         assert values.unique().tolist() == pytest.approx([-scale, 0.0, scale], rel=1e-5)

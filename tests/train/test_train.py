@@ -1,6 +1,7 @@
 """Metrics, curves, the loss guard, and what belongs to a run."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -38,8 +39,12 @@ def test_smoothing_is_the_weighted_mean_of_the_past():
 def test_the_curve_is_a_png(tmp_path):
     records = [{"step": i, "loss": 9 - i / 50} for i in range(1, 200)]
     records[99]["validation_loss"] = 7.5
-    plot_loss(records, tmp_path / "loss.png", "t")
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    pictures = []
+    for exact_match in ({}, {"validation_exact_match": 0.5}, {"validation_exact_match": 1.0}):
+        plot_loss([*records[:99], records[99] | exact_match, *records[100:]], tmp_path / "loss.png", "t")
+        pictures.append((tmp_path / "loss.png").read_bytes())
+        assert pictures[-1].startswith(b"\x89PNG")
+    assert len(set(pictures)) == 3
 
 
 class Judge:
@@ -51,15 +56,19 @@ class Judge:
     def evaluate(self, batches: object) -> float:
         return next(self.losses)
 
+    def exact_match(self, batches: object) -> float:
+        return 0.25
+
 
 def test_validation_keeps_the_best_and_stops_what_gains_nothing():
     judged = override(run, {"validate_every_steps": 500, "checkpoint.keep_best": 2, "early_stopping_patience": 2})
     trainer = Trainer(judged, Judge([3.0, 2.0, 2.5, 2.25]), None, Progress(), until_step=20_000)
-    validation, seen = Validation([]), []
+    validation, seen = Validation([], questions=[]), []
     while not trainer.is_ending:
         trainer.progress.step += 250
         validation.after_step(trainer, None)
         seen.append(trainer.validation_loss)
+        assert trainer.validation_exact_match == (None if seen[-1] is None else 0.25)
     assert seen == [None, 3.0, None, 2.0, None, 2.5, None, 2.25]
     assert trainer.progress.best == [[2.0, 1000], [2.25, 2000]]
     assert trainer.progress.stopped_early
@@ -108,8 +117,12 @@ def test_a_run_goes_to_yaml_and_back():
 def test_what_belongs_to_the_cluster_may_change():
     moved = override(run, {"micro_batch": 2, "parallel.expert_parallel": 4, "data.path": "x", "precision": "fp32"})
     assert list(differences(run, moved)) == []
-    other = override(run, {"optimizer.learning_rate": 1.0, "model.blocks[1].ffn.top_k": 1})
-    assert "optimizer.learning_rate: 0.001 there, 1.0 here" in list(differences(run, other))
+    other = override(run, {"optimizer.learning_rate": 1.0, "model.blocks[1].ffn.top_k": 1, "initial_model": "m"})
+    found = list(differences(run, other))
+    assert "optimizer.learning_rate: 0.001 there, 1.0 here" in found
+    assert "initial_model: '' there, 'm' here" in found
+    deeper = replace(run, model=replace(run.model, blocks=2 * run.model.blocks))
+    assert "model.blocks: '4 layers' there, '8 layers' here" in list(differences(run, deeper))
 
 
 @pytest.mark.parametrize(
@@ -119,6 +132,7 @@ def test_what_belongs_to_the_cluster_may_change():
         ({"data.seq_len": 1024}, "data.seq_len"),
         ({"steps": 100}, "schedule.warmup_steps"),
         ({"nonfinite": "ignore"}, "nonfinite"),
+        ({"exact_match_samples": 2, "validate_every_steps": 0}, "exact_match_samples"),
         ({"early_stopping_patience": 2, "validate_every_steps": 0}, "early_stopping_patience"),
         ({"checkpoint.keep_best": 2, "validate_every_steps": 0}, "checkpoint.keep_best"),
     ],

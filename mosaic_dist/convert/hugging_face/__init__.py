@@ -7,13 +7,14 @@ from mosaic_dist.convert.hugging_face.architectures import (
     weights_to_hugging_face,
     weights_to_ours,
 )
-from mosaic_dist.convert.hugging_face.folder import SafetensorsFolder, export_folder, import_folder
+from mosaic_dist.convert.hugging_face.folder import SafetensorsFolder, export_folder, how_to_load, import_folder
 
 __all__ = [
     "ARCHITECTURES",
     "SafetensorsFolder",
     "config_from_spec",
     "export_folder",
+    "how_to_load",
     "import_folder",
     "spec_from_config",
     "weights_to_hugging_face",

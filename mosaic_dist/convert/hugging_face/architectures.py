@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mosaic_dist.convert.hugging_face import deepseek_v3, gpt2, gpt_oss, llama, mixtral, qwen3_moe
+from mosaic_dist.convert.hugging_face import deepseek_v3, gpt2, gpt_oss, llama, mixtral, qwen3_moe, standalone
 from mosaic_dist.convert.hugging_face.rules import Rule, to_ours, to_theirs
 from mosaic_dist.convert.hugging_face.settings import Settings
 from mosaic_dist.convert.hugging_face.twin import Misfit, canonical, first_difference
@@ -34,6 +34,10 @@ ARCHITECTURES = {
     "gpt_oss": Architecture("GptOssForCausalLM", gpt_oss.read, gpt_oss.write, gpt_oss.rules),
     "deepseek_v3": Architecture("DeepseekV3ForCausalLM", deepseek_v3.read, deepseek_v3.write, deepseek_v3.rules),
 }
+"""Those whose code is transformers' own, in the order in which they are tried."""
+
+STANDALONE = Architecture(standalone.CLASS_NAME, standalone.read, standalone.write, standalone.rules)
+"""Any model, with its own code."""
 
 GPT2_MASKS = (".attn.bias", ".attn.masked_bias")
 """Causal masks that old versions of transformers saved with GPT-2's weights."""
@@ -78,6 +82,14 @@ def config_from_spec(spec: Transformer) -> dict[str, Any]:
     raise Misfit("no Hugging Face architecture computes this model:\n  " + "\n  ".join(reasons))
 
 
+def config_for(spec: Transformer) -> dict[str, Any]:
+    """`config_from_spec` where there is such an architecture, else that of a model with its own code."""
+    try:
+        return config_from_spec(spec)
+    except Misfit:
+        return STANDALONE.write(spec)
+
+
 def weights_to_ours(config: dict[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Hugging Face's tensors as ours, in the dtype that they have; memory is bounded by one layer's stack of experts.
 
@@ -89,19 +101,26 @@ def weights_to_ours(config: dict[str, Any], tensors: Mapping[str, Tensor]) -> It
     return to_ours(rules, expected_shapes(spec), tensors)
 
 
-def weights_to_hugging_face(spec: Transformer, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Our tensors as those of `config_from_spec`; otherwise as `weights_to_ours`. Exact inverses of each other."""
-    config = config_from_spec(spec)
+def weights_to_hugging_face(
+    spec: Transformer, tensors: Mapping[str, Tensor], config: dict[str, Any] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Our tensors as those of `config`, which describes `spec` and is `config_from_spec`'s unless given.
+
+    Otherwise as `weights_to_ours`; they are exact inverses of each other.
+    """
+    config = config_from_spec(spec) if config is None else config
     rules = list(_architecture(config).rules(spec, config))
     return to_theirs(rules, expected_shapes(spec), tensors)
 
 
 def _architecture(config: dict[str, Any]) -> Architecture:
     model_type = str(config.get("model_type"))
-    if model_type not in ARCHITECTURES:
-        hint = nearest(model_type, list(ARCHITECTURES))
-        raise UserError(f"config.json: no model_type {model_type!r} can be converted; {hint}")
-    return ARCHITECTURES[model_type]
+    known = ARCHITECTURES | {standalone.MODEL_TYPE: STANDALONE}
+    if model_type not in known:
+        raise UserError(
+            f"config.json: no model_type {model_type!r} can be converted; {nearest(model_type, list(known))}"
+        )
+    return known[model_type]
 
 
 class _Usable(Mapping[str, Tensor]):

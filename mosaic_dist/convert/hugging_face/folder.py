@@ -10,11 +10,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mosaic_dist.convert.hugging_face.architectures import (
-    config_from_spec,
+    config_for,
     spec_from_config,
     weights_to_hugging_face,
     weights_to_ours,
 )
+from mosaic_dist.convert.hugging_face.standalone import CODE, MODEL_TYPE, source_code
 from mosaic_dist.convert.weights import DTYPES, INDEX, WEIGHTS, Mapped, parameter_cast, write_weights
 from mosaic_dist.data.tokenizer import Tokenizer
 from mosaic_dist.errors import UserError
@@ -100,9 +101,10 @@ def export_folder(
 ) -> Path:
     """Write a folder that `AutoModelForCausalLM.from_pretrained` loads. It appears when it is whole.
 
+    A model that no architecture of transformers computes brings its code along (see `standalone.py`).
     `tensors` (see `CheckpointTensors`) are read one after another, so memory is bounded by `max_shard_bytes` and one
     layer's stack of experts. Parameters are cast to `dtype`; buffers (DeepSeek's correction) keep theirs. UserError if
-    the output exists, no architecture fits, tensors are not the model's, or the tokenizer has more tokens than it.
+    the output exists, tensors are not the model's, or the tokenizer has more tokens than it.
     """
     output = Path(output)
     if output.exists():
@@ -112,18 +114,32 @@ def export_folder(
     words = None if tokenizer is None else Tokenizer.load(tokenizer)
     if words is not None and words.vocab_size > spec.vocab:
         raise UserError(f"{tokenizer} has {words.vocab_size} tokens, more than the model's vocabulary ({spec.vocab})")
-    config = config_from_spec(spec) | _special_tokens(words) | {"torch_dtype": DTYPE_NAMES[dtype]}
-    converted = weights_to_hugging_face(spec, Mapped(tensors, parameter_cast(spec, DTYPES[dtype])))
+    config = config_for(spec) | _special_tokens(words) | {"torch_dtype": DTYPE_NAMES[dtype]}
+    code = source_code(spec) if config["model_type"] == MODEL_TYPE else None
+    converted = weights_to_hugging_face(spec, Mapped(tensors, parameter_cast(spec, DTYPES[dtype])), config)
     aside = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     write_weights(aside, converted, max_shard_bytes)
     _write_json(aside / "config.json", config)
+    if code is not None:
+        write_atomic(aside / f"{CODE}.py", code)
     if words is not None:
         words.save(aside / "tokenizer.json")
         _write_json(aside / "tokenizer_config.json", _tokenizer_config(words, spec.context))
     publish_directory(aside, output)
     return output
+
+
+def how_to_load(path: str | Path) -> str:
+    """What to tell the user of a folder that `export_folder` wrote: its architecture, and the words that load it."""
+    config = _read_json(Path(path) / "config.json")
+    if config["model_type"] != MODEL_TYPE:
+        return f"as {config['model_type']}: AutoModelForCausalLM.from_pretrained({str(path)!r})"
+    return (
+        f"with its own code, {CODE}.py, as no architecture of transformers computes it: "
+        f"AutoModelForCausalLM.from_pretrained({str(path)!r}, trust_remote_code=True)"
+    )
 
 
 def _special_tokens(words: Tokenizer | None) -> dict[str, int | None]:

@@ -10,7 +10,6 @@ from mosaic_dist.model import (
     GQA,
     MLA,
     Attention,
-    Block,
     Init,
     MoE,
     MoESwiGLU,
@@ -41,7 +40,9 @@ def canonical(spec: Transformer) -> Transformer:
     Left out are dropout, initial values, kernels and balance losses: they are the training's.
     """
     blocks = tuple(
-        Block(attention=_canonical_attention(block.attention, spec), ffn=_canonical_ffn(block.ffn))
+        dataclasses.replace(  # the block keeps its kind, and what else it has: twins are compared with all of it
+            block, attention=_canonical_attention(block.attention, spec), ffn=_canonical_ffn(block.ffn), dropout=0.0
+        )
         for block in spec.blocks
     )
     return dataclasses.replace(spec, blocks=blocks, init=Init())

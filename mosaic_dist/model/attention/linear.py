@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mosaic_dist.model.attention.attention import Attention, AttentionModule, Sight
-from mosaic_dist.model.linear import Linear
+from mosaic_dist.model.linear import Matrix, PlainMatrix
 from mosaic_dist.model.position import Position
 from mosaic_dist.spec import Positive, SpecError
 
@@ -17,12 +17,14 @@ from mosaic_dist.spec import Positive, SpecError
 class LinearAttention(Attention, type="linear"):
     """out_t = phi(q_t) S_t / phi(q_t) z_t with S_t = sum_s phi(k_s) v_s, z_t = sum_s phi(k_s), phi = elu + 1.
 
-    `chunk` tokens are computed at once. Positions may rotate queries and keys before the feature map.
+    `chunk` tokens are computed at once. Positions may rotate queries and keys before the feature map. `matrix` is the
+    kind of the projections.
     """
 
     heads: Positive
     bias: bool = False
     chunk: Positive = 64
+    matrix: Matrix = PlainMatrix()
 
     def build(self, dim: int, position: Position) -> "ChunkedLinearAttention":
         """query, key, value, output [dim, dim]."""
@@ -51,8 +53,8 @@ class ChunkedLinearAttention(AttentionModule):
         super().__init__()
         self.spec = spec
         self.position = position.for_heads(spec.heads, dim // spec.heads)
-        self.query, self.key, self.value = (Linear(dim, dim, bias=spec.bias) for _ in range(3))
-        self.output = Linear(dim, dim, bias=spec.bias, residual=True)
+        self.query, self.key, self.value = (spec.matrix.build(dim, dim, bias=spec.bias) for _ in range(3))
+        self.output = spec.matrix.build(dim, dim, bias=spec.bias, residual=True)
 
     def forward(self, x_BTD: Tensor, sight: Sight, cache: LinearState | None = None) -> Tensor:
         """See `AttentionModule.forward`."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mosaic_dist.model.attention.attention import Attention, AttentionModule, RingCache, Sight, mean_visible
 from mosaic_dist.model.attention.kernel import Kernel, attend
-from mosaic_dist.model.linear import Linear
+from mosaic_dist.model.linear import Matrix, PlainMatrix
 from mosaic_dist.model.position import DecoupledRoPE, Position
 from mosaic_dist.spec import Fraction, Positive, PositiveFloat, SpecError
 
@@ -20,7 +20,8 @@ class MLA(Attention, type="mla"):
     `head_width` (None: dim / heads) is that of a head's position-free queries and keys, `value_width` (None: the same)
     of its values. With `DecoupledRoPE` as the model's position, that kind's `width` more dimensions carry positions;
     other positions act on the embeddings or scores, as for any attention. Latents pass an RMSNorm of `norm_eps`.
-    `score_scale` is a factor on all scores (with YaRN, DeepSeek-V3 sharpens more than the rotary dimensions).
+    `score_scale` is a factor on all scores (with YaRN, DeepSeek-V3 sharpens more than the rotary dimensions). `matrix`
+    is the kind of all projections.
     """
 
     heads: Positive
@@ -33,6 +34,7 @@ class MLA(Attention, type="mla"):
     norm_eps: PositiveFloat = 1e-6
     score_scale: PositiveFloat = 1.0
     kernel: Kernel = "sdpa"
+    matrix: Matrix = PlainMatrix()
 
     def build(self, dim: int, position: Position) -> "LatentAttention":
         """See `LatentAttention` for the matrices."""
@@ -56,15 +58,15 @@ class LatentAttention(AttentionModule):
         self.position = position.for_heads(spec.heads, self.rope_width or self.head_width)
         query_width = spec.heads * (self.head_width + self.rope_width)
         if spec.q_compression_dim is None:
-            self.query = Linear(dim, query_width)
+            self.query = spec.matrix.build(dim, query_width)
         else:
-            self.query_down = Linear(dim, spec.q_compression_dim)
+            self.query_down = spec.matrix.build(dim, spec.q_compression_dim)
             self.query_norm = nn.RMSNorm(spec.q_compression_dim, eps=spec.norm_eps)
-            self.query = Linear(spec.q_compression_dim, query_width)
-        self.kv_down = Linear(dim, spec.kv_compression_dim + self.rope_width)
+            self.query = spec.matrix.build(spec.q_compression_dim, query_width)
+        self.kv_down = spec.matrix.build(dim, spec.kv_compression_dim + self.rope_width)
         self.kv_norm = nn.RMSNorm(spec.kv_compression_dim, eps=spec.norm_eps)
-        self.kv_up = Linear(spec.kv_compression_dim, spec.heads * (self.head_width + self.value_width))
-        self.output = Linear(spec.heads * self.value_width, dim, residual=True)
+        self.kv_up = spec.matrix.build(spec.kv_compression_dim, spec.heads * (self.head_width + self.value_width))
+        self.output = spec.matrix.build(spec.heads * self.value_width, dim, residual=True)
 
     def forward(self, x_BTD: Tensor, sight: Sight, cache: RingCache | None = None) -> Tensor:
         """See `AttentionModule.forward`."""

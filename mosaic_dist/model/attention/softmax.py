@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mosaic_dist.model.attention.attention import Attention, AttentionModule, RingCache, Sight, mean_visible
 from mosaic_dist.model.attention.kernel import Kernel, attend
-from mosaic_dist.model.linear import Linear
+from mosaic_dist.model.linear import Matrix, PlainMatrix
 from mosaic_dist.model.position import Position
 from mosaic_dist.spec import Fraction, Positive, PositiveFloat, SpecError
 
@@ -19,7 +19,7 @@ class SoftmaxAttention(Attention):
     `head_width` is dim / heads unless given. `bias` is that of queries, keys and values, `output_bias` (None: the same)
     of the output. `qk_norm` applies RMSNorm with a gain to each head's queries and keys (Dehghani et al., arXiv
     2302.05442), with `qk_norm_eps`. `window`: a token sees only so many tokens, itself included. For `sinks`,
-    `soft_cap` and `kernel` see `kernel.attend`.
+    `soft_cap` and `kernel` see `kernel.attend`. `matrix` is the kind of the projections.
     """
 
     heads: Positive
@@ -33,6 +33,7 @@ class SoftmaxAttention(Attention):
     soft_cap: PositiveFloat | None = None
     dropout: Fraction = 0.0
     kernel: Kernel = "sdpa"
+    matrix: Matrix = PlainMatrix()
 
     def key_value_heads(self) -> int:
         """G, which divides `heads`."""
@@ -81,12 +82,13 @@ class MultiHeadAttention(AttentionModule):
         super().__init__()
         self.spec = spec
         self.head_width = spec.head_width or dim // spec.heads
+        linear = spec.matrix.build
         inner, groups = spec.heads * self.head_width, spec.key_value_heads() * self.head_width
         self.position = position.for_heads(spec.heads, self.head_width)
-        self.query = Linear(dim, inner, bias=spec.bias)
-        self.key, self.value = Linear(dim, groups, bias=spec.bias), Linear(dim, groups, bias=spec.bias)
+        self.query = linear(dim, inner, bias=spec.bias)
+        self.key, self.value = linear(dim, groups, bias=spec.bias), linear(dim, groups, bias=spec.bias)
         output_bias = spec.bias if spec.output_bias is None else spec.output_bias
-        self.output = Linear(inner, dim, bias=output_bias, residual=True)
+        self.output = linear(inner, dim, bias=output_bias, residual=True)
         self.query_norm = nn.RMSNorm(self.head_width, eps=spec.qk_norm_eps) if spec.qk_norm else nn.Identity()
         self.key_norm = nn.RMSNorm(self.head_width, eps=spec.qk_norm_eps) if spec.qk_norm else nn.Identity()
         self.sinks = nn.Parameter(torch.empty(spec.heads)) if spec.sinks else None

@@ -1,20 +1,24 @@
 """The seam between routing and experts: where rows may travel to wherever their expert lives."""
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
+
+from mosaic_dist.model.ffn import Experts
+from mosaic_dist.model.rows import Rows
 
 
 class LocalExchange(nn.Module):
-    """All experts are here, so rows stay where they are. Other exchanges keep this interface.
+    """All experts are here, so rows stay where they are. Other exchanges keep this interface."""
 
-    `dispatch` takes rows [R, D] sorted by expert and counts [E] int64 of the model's experts; it returns the rows for
-    the experts held here, sorted by expert, the counts of these experts as a list of e integers, and a plan that
-    `combine` uses to bring results back into the order that `dispatch` was given.
-    """
+    def forward(self, x_SD: Tensor, rows: Rows, experts: Experts, meanwhile: Callable[[], None]) -> Tensor:
+        """x_SD -> [S, D], for each token the sum over its choices of weight times expert.
 
-    def dispatch(self, rows_RD: Tensor, counts_E: Tensor) -> tuple[Tensor, list[int], object]:
-        """Send every row to its expert."""
-        return rows_RD, counts_E.tolist(), None
+        `meanwhile` is work that needs nothing of it; where rows travel, it is done while they are on their way.
+        """
+        meanwhile()
+        return experts(x_SD, rows)
 
-    def combine(self, rows_RD: Tensor, plan: object) -> Tensor:
-        """Bring every result back."""
-        return rows_RD
+    def total_counts(self, counts_E: Tensor) -> Tensor:
+        """Choices per expert of all processes that train together."""
+        return counts_E

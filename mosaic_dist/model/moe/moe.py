@@ -1,25 +1,36 @@
 """Mixture of experts: each token passes the `top_k` experts that its router chooses, and the shared ones."""
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from mosaic_dist.model.ffn import FFN, DenseFFN, Extras, SwiGLU
+from mosaic_dist.model.moe.assignment import assign, capacity, count, within_capacity
+from mosaic_dist.model.moe.balance import balance_loss, routing_entropy, sequence_balance_loss, z_loss
 from mosaic_dist.model.moe.exchange import LocalExchange
-from mosaic_dist.model.moe.router import Router, switch_balance_loss
+from mosaic_dist.model.moe.router import Router, Routing
 from mosaic_dist.model.moe.softmax_top_k import SoftmaxTopK
-from mosaic_dist.spec import NonNegative, NonNegativeFloat, Positive, SpecError, at, fields
+from mosaic_dist.model.recompute import recomputed, remembered
+from mosaic_dist.spec import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, SpecError, at, fields
 
 
 class Mixture(FFN):
-    """Dropless token-choice mixture (Shazeer et al., arXiv 1701.06538): all of a mixture but what its experts are.
+    """Token-choice mixture (Shazeer et al., arXiv 1701.06538): all of a mixture but what its experts are.
 
     Each expert has the width of the expert spec divided by `split`: with `split = experts` a dense network is cut into
     experts of the same total size (split experts); DeepSeekMoE's fine-grained experts (arXiv 2401.06066) are
     `experts = macro * split`. Its shared experts are those that every token passes beside the chosen ones, each as
-    wide as a routed one. `router_bias` gives the router's logits a learned bias. `balance_weight` is the factor of the
-    balance loss.
+    wide as a routed one. `router_bias` gives the router's logits a learned bias.
+
+    `balance_weight` and `z_weight` are the factors of the balance loss and the z-loss (`balance.py`). The shares of
+    the balance loss are counted over each "micro_batch" of a rank, each "sequence", or the "global_batch": all ranks,
+    and those micro-batches of the step that have been. `jitter` is multiplicative noise on what the router sees.
+
+    No choice is ever dropped, unless there is a `capacity_factor`: in training an expert then takes at most that
+    factor times an even share of a rank's micro-batch, and of the choices beyond it the "last" in the batch or those
+    with the "lightest" weight are dropped: such a token goes on with what its other experts give.
     """
 
     experts: Positive
@@ -29,6 +40,11 @@ class Mixture(FFN):
     router: Router = SoftmaxTopK()
     router_bias: bool = False
     balance_weight: NonNegativeFloat = 0.01
+    balance_over: Literal["micro_batch", "sequence", "global_batch"] = "micro_batch"
+    z_weight: NonNegativeFloat = 0.0
+    jitter: Fraction = 0.0
+    capacity_factor: PositiveFloat | None = None
+    drop: Literal["last", "lightest"] = "last"
 
 
 class MoE(Mixture, type="moe"):
@@ -38,6 +54,8 @@ class MoE(Mixture, type="moe"):
 
     def check(self) -> None:
         """`top_k` of `experts` can be chosen and `split` divides the width."""
+        if self.drop != "last" and self.capacity_factor is None:
+            raise SpecError("drop", f"{self.drop!r} without a capacity_factor, but then nothing is dropped; set one")
         if self.top_k > self.experts:
             raise SpecError("top_k", f"{self.top_k} experts per token, but there are {self.experts} experts")
         if self.expert.width % self.split:
@@ -73,6 +91,9 @@ class MixtureOfExperts(nn.Module):
 
     router.weight [experts, dim]; the weights of `experts` are stacked, [experts, inputs, outputs]; `shared` is one
     network as wide as all shared experts together, or None: their sum, with one output bias and one ternary scale.
+
+    `chunks` cuts the tokens into so many parts that pass the experts one after the other, and again in the backward
+    pass: at most ranks * ceil(S / chunks) * top_k rows are here at a time, however unbalanced the routing is.
     """
 
     def __init__(self, spec: MoE, dim: int):
@@ -80,25 +101,96 @@ class MixtureOfExperts(nn.Module):
         self.spec = spec
         width = spec.expert.width // spec.split
         self.router = spec.router.build(dim, spec.experts, spec.top_k, spec.router_bias)
-        self.exchange: Any = LocalExchange()
+        self.exchange: nn.Module = LocalExchange()
         self.experts = spec.expert.build_experts(dim, width, spec.experts)
         self.shared = spec.expert.build_network(dim, spec.shared_experts * width) if spec.shared_experts else None
+        self.chunks = 1
+        self.step_counts_E: Tensor | int = 0
+        """Choices per expert of all processes in this step so far; for `balance_over: global_batch`."""
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Extras]:
-        """x_BTD -> ([B, T, D], {balance_loss: scalar, expert_load: [E] int64 choices per expert})."""
+        """x_BTD -> ([B, T, D], extras).
+
+        Extras: balance_loss and z_loss, weighted scalars, where their weights are not zero; expert_load [E] int64
+        choices per expert, dropped ones included; balance, z, entropy, drop_rate: detached scalars, unweighted.
+        """
         x_SD = x_BTD.flatten(0, -2)
-        probs_SE, weights_SK, experts_SK = self.router(x_SD)
-        K, D = self.spec.top_k, x_SD.shape[-1]
-        order_R = experts_SK.flatten().argsort(stable=True)
-        counts_E = torch.bincount(experts_SK.flatten(), minlength=self.spec.experts)
-        # expand, then permute: a gradient without duplicate indices, so it is the same on every run
-        rows_RD = x_SD[:, None].expand(-1, K, -1).reshape(-1, D)[order_R]
-        held_RD, counts_e, plan = self.exchange.dispatch(rows_RD, counts_E)
-        rows_RD = self.exchange.combine(self.experts(held_RD, counts_e), plan)
-        back_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
-        chosen_SKD = rows_RD[back_R].unflatten(0, (-1, K))
-        out_SD = (weights_SK[..., None].to(chosen_SKD.dtype) * chosen_SKD).sum(1)
-        if self.shared is not None:
-            out_SD = out_SD + self.shared(x_SD)
-        balance = self.spec.balance_weight * switch_balance_loss(probs_SE, counts_E)
-        return out_SD.view_as(x_BTD), {"balance_loss": balance, "expert_load": counts_E}
+        routing = self.router(self._jittered(x_SD))
+        kept_SK = self._kept(routing)
+        shared: list[Tensor] = []
+
+        def meanwhile() -> None:
+            if self.shared is not None and not shared:
+                shared.append(self.shared(x_SD))
+
+        out_SD = self._routed(x_SD, routing, kept_SK, meanwhile)
+        if shared:
+            out_SD = out_SD + shared[0]
+        return out_SD.view_as(x_BTD), self._told(routing, kept_SK, x_BTD.shape[:-1])
+
+    def _jittered(self, x_SD: Tensor) -> Tensor:
+        """What the router sees: in training, inputs times noise in 1 +- jitter (arXiv 2101.03961, section 2.4)."""
+        if not self.spec.jitter or not self.training:
+            return x_SD
+        return x_SD * torch.empty_like(x_SD).uniform_(1 - self.spec.jitter, 1 + self.spec.jitter)
+
+    def _kept(self, routing: Routing) -> Tensor | None:
+        """Which choices find a place, [S, K] bool; None if all do."""
+        if self.spec.capacity_factor is None or not self.training:
+            return None
+        S, K = routing.experts_SK.shape
+        places = capacity(S, self.spec.experts, K, self.spec.capacity_factor)
+        return remembered(lambda: within_capacity(routing, places, self.spec.drop))
+
+    def _routed(self, x_SD: Tensor, routing: Routing, kept_SK: Tensor | None, meanwhile: Callable[[], None]) -> Tensor:
+        """The sum over its choices for each token, [S, D]."""
+
+        def pass_experts(x_SD: Tensor, weights_SK: Tensor, experts_SK: Tensor, kept_SK: Tensor | None) -> Tensor:
+            rows = assign(weights_SK, experts_SK, kept_SK, self.spec.experts)
+            return self.exchange(x_SD, rows, self.experts, meanwhile)
+
+        whole = (x_SD, routing.weights_SK, routing.experts_SK, kept_SK)
+        if self.chunks == 1:
+            return pass_experts(*whole)
+        meanwhile()
+        parts = zip(*(_cut(value, self.chunks) for value in whole), strict=True)
+        return torch.cat([recomputed(pass_experts, *part) for part in parts])
+
+    def _told(self, routing: Routing, kept_SK: Tensor | None, shape: torch.Size) -> Extras:
+        """Losses and measurements of the routing; `shape` is that of the tokens, [B, T]."""
+        spec, (logits_SE, probs_SE, _, experts_SK) = self.spec, routing
+        load_E = count(experts_SK.flatten(), spec.experts)
+        if spec.balance_over == "sequence":
+            balance = sequence_balance_loss(
+                probs_SE.unflatten(0, shape).reshape(-1, shape[-1], spec.experts),
+                experts_SK.unflatten(0, shape).reshape(-1, shape[-1], spec.top_k),
+            )
+        elif spec.balance_over == "global_batch" and self.training:
+            balance = balance_loss(probs_SE, remembered(lambda: self._counted(load_E)))
+        else:
+            balance = balance_loss(probs_SE, load_E)
+        z = z_loss(logits_SE)
+        extras = {
+            "expert_load": load_E,
+            "balance": balance.detach(),
+            "z": z.detach(),
+            "entropy": routing_entropy(probs_SE.detach()),
+            "drop_rate": z.new_zeros(()) if kept_SK is None else (~kept_SK).float().mean(),
+        }
+        weighted = {"balance_loss": (spec.balance_weight, balance), "z_loss": (spec.z_weight, z)}
+        return extras | {name: weight * loss for name, (weight, loss) in weighted.items() if weight}
+
+    def _counted(self, load_E: Tensor) -> Tensor:
+        """Add a micro-batch to the counts of the step, those of all processes; a copy of the sum."""
+        self.step_counts_E = self.step_counts_E + self.exchange.total_counts(load_E)
+        return self.step_counts_E
+
+    def end_step(self, counts_E: Tensor | None) -> None:
+        """Called after a step with the choices per expert of all processes, [E]; None if the update was left out."""
+        self.step_counts_E = 0
+        if counts_E is not None:
+            self.router.balance(counts_E)
+
+
+def _cut(value: Tensor | None, parts: int) -> Sequence[Tensor | None]:
+    return [None] * parts if value is None else value.tensor_split(parts)

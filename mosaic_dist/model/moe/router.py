@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mosaic_dist.model.recompute import remembered
 from mosaic_dist.spec import Spec
 
 
@@ -23,6 +24,8 @@ class Router(Spec):
 class Routing(NamedTuple):
     """The choices of S tokens among E experts, K each."""
 
+    logits_SE: Tensor
+    """What the router's matrix gives, float32."""
     probs_SE: Tensor
     """Share of each expert in each token's scores, float32, summing to one over E: for the balance loss."""
     weights_SK: Tensor
@@ -46,18 +49,18 @@ class RouterModule(nn.Module):
     def forward(self, x_SD: Tensor) -> Routing:
         """x_SD -> Routing."""
         bias_E = None if self.bias is None else self.bias.float()
-        return self.choose(functional.linear(x_SD.float(), self.weight.float(), bias_E))
+        logits_SE = functional.linear(x_SD.float(), self.weight.float(), bias_E)
+        experts_SK = remembered(lambda: self.choose(logits_SE.detach()))
+        probs_SE, weights_SK = self.weigh(logits_SE, experts_SK)
+        return Routing(logits_SE, probs_SE, weights_SK, experts_SK)
 
-    def choose(self, logits_SE: Tensor) -> Routing:
-        """Float32 logits -> Routing."""
+    def choose(self, logits_SE: Tensor) -> Tensor:
+        """Float32 logits -> the chosen experts of each token, [S, K] int64, the best first."""
         raise TypeError(f"{type(self).__name__} does not choose: a kind of router says how")
 
+    def weigh(self, logits_SE: Tensor, experts_SK: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and choices -> (probs_SE, weights_SK), see `Routing`."""
+        raise TypeError(f"{type(self).__name__} does not weigh: a kind of router says how")
 
-def switch_balance_loss(probs_SE: Tensor, counts_E: Tensor) -> Tensor:
-    """E * sum_e f_e * P_e with f_e the share of choices and P_e the mean probability of expert e.
-
-    Switch Transformer, arXiv 2101.03961, equations 4 to 6, over the tokens of this micro-batch. It is 1 for a perfect
-    balance. The gradient flows through P_e only.
-    """
-    share_E = counts_E.to(probs_SE.dtype) / counts_E.sum()
-    return probs_SE.shape[-1] * (share_E * probs_SE.mean(0)).sum()
+    def balance(self, counts_E: Tensor) -> None:
+        """Told how often each expert was chosen in a whole step, on all ranks together. Most kinds do not mind."""

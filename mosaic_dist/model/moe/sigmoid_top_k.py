@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from mosaic_dist.model.moe.router import Router, RouterModule, Routing
-from mosaic_dist.spec import Positive, PositiveFloat, SpecError
+from mosaic_dist.model.moe.router import Router, RouterModule
+from mosaic_dist.spec import NonNegativeFloat, Positive, PositiveFloat, SpecError
 
 GROUP_SCORES = 2
 """A group is as good as the sum of its best two experts (DeepSeek-V3's reference code, `inference/model.py`)."""
@@ -13,19 +13,23 @@ GROUP_SCORES = 2
 class SigmoidTopK(Router, type="sigmoid_top_k"):
     """Sigmoid scores; the `top_k` best of score + correction are chosen, and weigh in by their score alone.
 
-    The correction of each expert is a buffer outside the gradient, zero at the start, that balances the load without a
-    loss when training moves it (arXiv 2408.15664). With `normalize` the weights of a token sum to `scale`, else each is
-    the score times `scale`. With `groups` the experts lie in that many groups of neighbours and only the best
-    `top_groups` of them are chosen from.
+    With `normalize` the weights of a token sum to `scale`, else each is the score times `scale`. With `groups` the
+    experts lie in that many groups of neighbours and only the best `top_groups` of them are chosen from.
 
-    The balance loss sees the scores divided by their sum over all experts (arXiv 2412.19437, equations 17 to 20), but
-    over the micro-batch instead of each sequence, and counts the choices that were made, correction included.
+    The correction of each expert is a buffer outside the gradient, zero at the start. With a `correction_rate` it
+    balances the load without a loss (arXiv 2408.15664, algorithm 1): after each step it grows by the rate where an
+    expert was chosen less often than the mean in the global batch, and shrinks where more often; DeepSeek-V3 took
+    0.001. It is kept by checkpoints and exports.
+
+    The balance loss sees the scores divided by their sum over all experts (arXiv 2412.19437, equations 17 to 20) and
+    counts the choices that were made, correction included; `balance_over: sequence` is that paper's.
     """
 
     normalize: bool = True
     scale: PositiveFloat = 1.0
     groups: Positive = 1
     top_groups: Positive = 1
+    correction_rate: NonNegativeFloat = 0.0
 
     def check_choice(self, experts: int, top_k: int) -> None:
         """The groups are equal, and enough experts are left in the best of them."""
@@ -55,15 +59,24 @@ class SigmoidTopKRouter(RouterModule):
         self.spec = spec
         self.register_buffer("correction", torch.zeros(experts, dtype=torch.float32, device="cpu"))
 
-    def choose(self, logits_SE: Tensor) -> Routing:
+    def choose(self, logits_SE: Tensor) -> Tensor:
+        """See `SigmoidTopK`."""
+        return self._best(logits_SE.sigmoid() + self.correction)
+
+    def weigh(self, logits_SE: Tensor, experts_SK: Tensor) -> tuple[Tensor, Tensor]:
         """See `SigmoidTopK`."""
         scores_SE = logits_SE.sigmoid()
-        experts_SK = self._best(scores_SE.detach() + self.correction)
         weights_SK = scores_SE.gather(-1, experts_SK)
         if self.spec.normalize:
             weights_SK = weights_SK / (weights_SK.sum(-1, keepdim=True) + 1e-20)  # all scores can underflow
         shares_SE = scores_SE / (scores_SE.sum(-1, keepdim=True) + 1e-20)
-        return Routing(shares_SE, weights_SK * self.spec.scale, experts_SK)
+        return shares_SE, weights_SK * self.spec.scale
+
+    @torch.no_grad()
+    def balance(self, counts_E: Tensor) -> None:
+        """Move the correction towards the experts that got too little; counts_E of a whole step."""
+        counts_E = counts_E.to(self.correction)
+        self.correction += self.spec.correction_rate * (counts_E.mean() - counts_E).sign()
 
     def _best(self, scores_SE: Tensor) -> Tensor:
         """Indices of the best experts of the best groups, [S, K]."""

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from mosaic_dist.model.moe.router import Router, RouterModule, Routing
+from mosaic_dist.model.moe.router import Router, RouterModule
 
 
 class SoftmaxTopK(Router, type="softmax_top_k"):
@@ -26,10 +26,14 @@ class SoftmaxTopKRouter(RouterModule):
         super().__init__(dim, experts, top_k, bias)
         self.normalize = normalize
 
-    def choose(self, logits_SE: Tensor) -> Routing:
+    def choose(self, logits_SE: Tensor) -> Tensor:
+        """See `SoftmaxTopK`."""
+        return logits_SE.softmax(-1).topk(self.top_k, dim=-1).indices
+
+    def weigh(self, logits_SE: Tensor, experts_SK: Tensor) -> tuple[Tensor, Tensor]:
         """See `SoftmaxTopK`."""
         probs_SE = logits_SE.softmax(-1)
-        weights_SK, experts_SK = probs_SE.topk(self.top_k, dim=-1)
+        weights_SK = probs_SE.gather(-1, experts_SK)
         if self.normalize:
             weights_SK = weights_SK / weights_SK.sum(-1, keepdim=True)
-        return Routing(probs_SE, weights_SK, experts_SK)
+        return probs_SE, weights_SK

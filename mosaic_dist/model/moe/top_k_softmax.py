@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from mosaic_dist.model.moe.router import Router, RouterModule, Routing
+from mosaic_dist.model.moe.router import Router, RouterModule
 
 
 class TopKSoftmax(Router, type="top_k_softmax"):
@@ -20,7 +20,10 @@ class TopKSoftmax(Router, type="top_k_softmax"):
 class TopKSoftmaxRouter(RouterModule):
     """See `TopKSoftmax`."""
 
-    def choose(self, logits_SE: Tensor) -> Routing:
+    def choose(self, logits_SE: Tensor) -> Tensor:
         """See `TopKSoftmax`."""
-        best_SK, experts_SK = logits_SE.topk(self.top_k, dim=-1)
-        return Routing(logits_SE.softmax(-1), best_SK.softmax(-1), experts_SK)
+        return logits_SE.topk(self.top_k, dim=-1).indices
+
+    def weigh(self, logits_SE: Tensor, experts_SK: Tensor) -> tuple[Tensor, Tensor]:
+        """See `TopKSoftmax`."""
+        return logits_SE.softmax(-1), logits_SE.gather(-1, experts_SK).softmax(-1)
