@@ -5,11 +5,15 @@ from typing import Any
 from torch import nn
 
 
+PER_OUTPUT = ("bias", "scale")
+"""Names of parameters with a number per output, which are matrices where experts are stacked."""
+
+
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Optimizer groups `decay` and `no_decay` over the trainable parameters, in the model's order.
 
-    Weight decay is for matrices that multiply activations. Look-up tables (token embedding, learned positions), gains
-    and biases are left alone, whatever their shape: they are told by their module, not by their number of dimensions.
+    Weight decay is for matrices that multiply activations. Look-up tables (token embedding, learned positions), gains,
+    scales and biases are left alone, whatever their shape: they are told by their module, not by their number of dimensions.
     A table shared with the output head counts as a table.
     """
     groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": []}
@@ -19,6 +23,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad and parameter not in seen:
                 seen.add(parameter)
-                groups["no_decay" if table or name == "bias" or parameter.dim() < 2 else "decay"].append(parameter)
+                vector = name in PER_OUTPUT or parameter.dim() < 2
+                groups["no_decay" if table or vector else "decay"].append(parameter)
     decays = {"decay": weight_decay, "no_decay": 0.0}
     return [{"name": key, "params": group, "weight_decay": decays[key]} for key, group in groups.items() if group]

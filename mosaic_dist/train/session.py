@@ -44,7 +44,7 @@ def train_run(
     peak, peak_source = peak_flops_per_second(world.device)
     torch.manual_seed(run.seed + world.rank)
     filled = None if initial is None else functools.partial(fill, weights=initial)
-    engine = Engine(run.model, run.optimizer, config, degree, run.seed, world, filled)
+    engine = Engine(run.model, run.optimizer, config, degree, run.seed, world, filled, run.parallel)
     checkpoint = newest_good(folder, world)
     trainer = begin(run, info, engine, checkpoint, min(run.steps, stop_at_step or run.steps))
     facts = {

@@ -287,8 +287,8 @@ LIMIT = 3
 \"\"\"What it is.\"\"\"
 
 
-def unused():
-    return os
+def High():
+    return os  # nobody needs this one
 """,
     "high": """from math import inf
 

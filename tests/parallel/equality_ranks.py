@@ -1,39 +1,75 @@
-"""Ranks of test_equality: train the tiny model under every ZeRO stage and expert-parallel degree, save the result."""
+"""Ranks of test_equality: train the mixed model in every layout of this many ranks, and write down what came of it."""
 
-import itertools
+import shutil
 import sys
+from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from mosaic_dist.checkpoint import Checkpoint
-from mosaic_dist.checkpoint.engine_state import save_engine
-from mosaic_dist.parallel import join_world, leave_world
-from tests.parallel.tiny import LEARNING_RATE, batches, make_engine, my_part
+from mosaic_dist.checkpoint.engine_state import BUFFER, MASTER, save_engine
+from mosaic_dist.parallel import Engine, join_world, leave_world
+from mosaic_dist.parallel.state import optimizer_tensors, shards
+from tests.parallel.mixed import LEARNING_RATE, OPTIMIZER, STEPS, batches, cases, make_engine, my_part
+
+
+def saved(folder: Path, step: int, engine: Engine) -> dict[str, Tensor]:
+    """Everything that a checkpoint of the engine holds, by "kind/name", through the store; empty but on rank 0."""
+    path = save_engine(folder, step, engine, {})
+    if not engine.world.is_main:
+        return {}
+    checkpoint = Checkpoint.open(path)
+    found = {f"{k}/{name}": checkpoint.read_full(name, k) for name in checkpoint.shapes for k in checkpoint.kinds(name)}
+    shutil.rmtree(path)
+    return found
+
+
+def held_bytes(engine: Engine) -> list[int]:
+    """Bytes of the weights that this rank's modules show (a rank's part of ZeRO-3 shows none), and of the moments."""
+    weights = sum(p.numel() * p.element_size() for p in engine.model.parameters())
+    keys = {id(shard.key): shard for shard in shards(engine)}
+    moments = sum(
+        value.numel() * value.element_size()
+        for shard in keys.values()
+        for value in engine.deepspeed.basic_optimizer.state[shard.key].values()
+        if value.dim()
+    )
+    assert optimizer_tensors(engine, next(iter(keys.values()))), "the moments are there"
+    return [weights, moments]
 
 
 def main(folder: str) -> None:
-    """Write `<folder>/w<ranks>_z<stage>_e<degree>.safetensors` with losses, norms and all final weights."""
-    from pathlib import Path
-
+    """Write `<folder>/<case>.safetensors`: results, gradients of the first step, final weights, bytes held."""
     world = join_world(60)
-    degrees = [degree for degree in (1, 2) if world.size % degree == 0]
-    for stage, degree in itertools.product((0, 1, 2, 3), degrees):
-        engine = make_engine(world, stage, degree)
-        held = sum(p.numel() for name, p in engine.model.named_parameters() if ".experts." in name and stage < 3)
-        results = []
-        for inputs, targets in batches():
+    for case in cases(world.size):
+        engine = make_engine(world, case)
+        results, first = [], {}
+        for step, (inputs, targets) in enumerate(batches()):
             mine = my_part(world)
             result = engine.train_step(inputs[mine], targets[mine], LEARNING_RATE)
-            results.append([result.loss, result.grad_norm, result.expert_load.sum().item()])
-        path = Path(folder) / f"w{world.size}_z{stage}_e{degree}"
-        saved = save_engine(path, 1, engine, {})
+            results.append([result.loss, result.auxiliary_loss, result.grad_norm, result.expert_load.sum().item()])
+            if step == 0:
+                first = saved(Path(folder) / str(case), 1, engine)
+        last = saved(Path(folder) / str(case), STEPS, engine)
+        held = [None] * world.size
+        torch.distributed.all_gather_object(held, held_bytes(engine))
         if world.is_main:
-            checkpoint = Checkpoint.open(saved)
-            weights = {name: checkpoint.read_full(name, "master") for name in checkpoint.shapes}
-            facts = {"results": torch.tensor(results, dtype=torch.float64), "held": torch.tensor(held)}
-            save_file(weights | facts, path.with_suffix(".safetensors"))
+            scale = 1 / (1 - OPTIMIZER.beta1)
+            kept = {
+                "gradient": {name: value * scale for name, value in by_kind(first, "exp_avg").items()},
+                "weight": by_kind(last, MASTER) | by_kind(last, BUFFER),
+                "told": {"results": torch.tensor(results, dtype=torch.float64), "held": torch.tensor(held)},
+            }
+            flat = {f"{part}/{name}": value for part, values in kept.items() for name, value in values.items()}
+            save_file(flat, Path(folder) / f"{case}.safetensors")
     leave_world()
+
+
+def by_kind(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+    """Those of one kind, by name."""
+    return {name.partition("/")[2]: value for name, value in tensors.items() if name.partition("/")[0] == kind}
 
 
 if __name__ == "__main__":

@@ -1,50 +1,92 @@
-"""One process, two ranks, expert parallelism, every ZeRO stage: the same losses, gradient norms and weights."""
+"""Ranks x expert parallelism x ZeRO x accumulation x precision: losses, gradients and weights of one plain process."""
 
 import math
+from functools import cache
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
+from mosaic_dist.targets import IGNORE_INDEX
 from tests.launch import check, run_ranks
-from tests.parallel.tiny import BATCH, LENGTH, reference
+from tests.parallel.mixed import BATCH, CHOICES, LENGTH, MODEL, RATE, Case, batches, cases, plain_training
 
-LAYOUTS = [(1, z, 1) for z in range(4)] + [(2, z, e) for z in range(4) for e in (1, 2)]
+CASES = [case for ranks in (1, 2, 4, 8) for case in cases(ranks)]
+EXACT = [case for case in CASES if case.precision == "fp32"]
+ROUNDED = [case for case in CASES if case.precision == "bf16"]
+MOMENT_BYTES = 8
+"""Of an element: two float32."""
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("equality")
-    for ranks in (1, 2):
+    for ranks in (1, 2, 4, 8):
         check(run_ranks("tests.parallel.equality_ranks", ranks, str(folder)))
-    return folder
+    return {case: load_file(folder / f"{case}.safetensors") for case in CASES}
 
 
-@pytest.fixture(scope="module")
-def plain():
-    return reference()
+plain = cache(plain_training)
 
 
-@pytest.mark.parametrize(("ranks", "stage", "degree"), LAYOUTS)
-def test_training_equals_one_plain_process(trained, plain, ranks, stage, degree):
-    got = load_file(trained / f"w{ranks}_z{stage}_e{degree}.safetensors")
-    losses, norms, weights = plain
-    torch.testing.assert_close(got["results"][:, 0], torch.tensor(losses).double(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(got["results"][:, 1], torch.tensor(norms).double(), rtol=1e-5, atol=1e-5)
+def part(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{kind}/"): value for name, value in tensors.items() if name.startswith(f"{kind}/")}
+
+
+def deviation(got: Tensor, expected: Tensor) -> float:
+    """Of all elements together, relative."""
+    return ((got - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("case", EXACT, ids=str)
+def test_float32_is_the_plain_loop(trained, case):
+    """A gradient is what the optimizer saw, from its moment after the first step: clipped, of every parameter."""
+    got, expected = trained[case], plain(case.ranks, case.accumulation)
+    results, gradients, weights = got["told/results"], part(got, "gradient"), part(got, "weight")
+    torch.testing.assert_close(results[:, :3], torch.tensor(expected.results).double(), rtol=1e-5, atol=1e-6)
+    assert gradients.keys() == expected.gradients.keys()
+    for name, gradient in expected.gradients.items():
+        assert deviation(gradients[name], gradient) < 1e-5, name
+    assert weights.keys() == {name for name in expected.weights if name != "head.weight"}  # which is the table
     for name, weight in weights.items():
-        torch.testing.assert_close(got[name], weight, rtol=1e-4, atol=2e-5)  # ten Adam steps amplify the last bits
-    assert got["results"][:, 2].eq(BATCH * LENGTH * 2).all()  # every choice of every token is counted once
+        torch.testing.assert_close(weight, expected.weights[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: n + m)
+    corrections = weights["blocks.0.ffn.router.correction"] / RATE
+    torch.testing.assert_close(corrections, expected.weights["blocks.0.ffn.router.correction"] / RATE)
+    assert corrections.count_nonzero() > 4
+    assert results[:, 3].eq(BATCH * LENGTH * CHOICES).all()  # every choice of every token is counted once
 
 
-def test_the_reference_learns_and_is_clipped(plain):
-    losses, norms, _ = plain
-    assert losses[0] == pytest.approx(math.log(64), rel=0.01)
-    assert losses[-1] < losses[0] - 0.05
-    assert max(norms) > 0.3
+@pytest.mark.parametrize("case", ROUNDED, ids=str)
+def test_bfloat16_is_one_process_but_for_rounding(trained, case):
+    """A bfloat16 number is off by up to 2**-9; micro-batches, ranks and stages round other sums, ten or so in a row.
+
+    Adam's first steps are as large for the smallest gradient, so single weights say nothing; all of them together do.
+    """
+    got, expected = trained[case], trained[Case(1, 1, 1, 2, "bf16")]
+    torch.testing.assert_close(got["told/results"][:, :3], expected["told/results"][:, :3], rtol=2**-8, atol=0.0)
+    for name, gradient in part(expected, "gradient").items():
+        assert deviation(got[f"gradient/{name}"], gradient) < 2**-5, name
+    weights = [torch.cat([w.flatten() for w in part(t, "weight").values()]) for t in (got, expected)]
+    assert deviation(*weights) < 2**-6
 
 
-@pytest.mark.parametrize(("ranks", "stage", "degree"), [(2, 0, 2), (2, 1, 2), (2, 2, 2), (2, 2, 1)])
-def test_a_rank_holds_its_experts_only(trained, ranks, stage, degree):
-    got = load_file(trained / f"w{ranks}_z{stage}_e{degree}.safetensors")
-    total = sum(tensor.numel() for name, tensor in got.items() if ".experts." in name)
-    assert got["held"].item() == total // degree
+def test_the_plain_loop_learns_is_clipped_and_knows_its_layout():
+    results = torch.tensor(plain(1, 1).results)
+    assert results[0, 0].item() == pytest.approx(math.log(MODEL.vocab), rel=0.02)
+    assert results[-1, 0] < results[0, 0] - 0.2
+    assert results[:, 2].min() > 0.6  # twice the norm that it is clipped to
+    for other in ((1, 2), (2, 1), (2, 2)):  # the balance losses depend on how the batch is cut
+        assert abs(plain(*other).results[0][1] - results[0, 1].item()) > 1e-4
+    scored = (batches()[0][1] != IGNORE_INDEX).view(4, -1).sum(1)
+    assert scored.min() < scored.max() / 2  # ranks score different numbers of tokens
+
+
+@pytest.mark.parametrize("case", [case for case in EXACT if case.ranks == 4], ids=str)
+def test_weights_and_moments_are_where_they_should_be(trained, case):
+    """Per rank: dense + experts / EP elements of weights; of their moments, with ZeRO, (dense + experts) / ranks.
+
+    For a rank has experts / EP elements to share with the ranks / EP that hold the same, whatever EP is.
+    """
+    weights = part(plain(4, 1).weights | {"head.weight": torch.empty(0)}, "")
+    raise NotImplementedError(weights)

@@ -1,4 +1,7 @@
-"""Models in Hugging Face's form, in and out: their architectures are specs of ours, their tensors ours renamed."""
+"""Models in Hugging Face's form, in and out: their architectures are specs of ours, their tensors ours renamed.
+
+A model of ours that is none of their architectures goes out with its own code.
+"""
 
 from mosaic_dist.convert.hugging_face.architectures import (
     ARCHITECTURES,

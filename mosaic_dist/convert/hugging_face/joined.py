@@ -73,7 +73,8 @@ def join_sources(roots: Sequence[tuple[str, str]], left_out: Iterable[str] = ())
             waiting += [(module, name) for name in source.definitions[local].uses | source.definitions[local].binds]
     parts = [_import_block(meanings)]
     for module in _import_order([module for module, _ in roots], dropped):
-        taken = {d for name, d in read_source(module, dropped).definitions.items() if name in meanings}
+        definitions = read_source(module, dropped).definitions
+        taken = {definitions[name] for name in definitions if meanings.get(name) == Import(module, name)}
         if texts := [definition.text for definition in sorted(taken)]:
             parts.append("\n\n\n".join([f"# --- {module} ---", *texts]))
     return "\n\n\n".join(parts) + "\n"
