@@ -279,6 +279,7 @@ def moe_layer(sizes: str | None = None, rounds: int = 7, dtype: str = "auto", ou
     --output FILE            write the table there as well, as Markdown
     """
     world = join_world(60)
+    deepspeed.init_distributed(dist_init_required=False)
     device = world.device
     kind = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32}.get(dtype) or getattr(torch, dtype)
     table = [

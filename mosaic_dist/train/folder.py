@@ -29,6 +29,7 @@ class RunFolder:
         self.run_yaml = self.path / "run.yaml"
         self.metrics = self.path / "metrics.jsonl"
         self.loss_plot = self.path / "loss.png"
+        self.experts_plot = self.path / "experts.png"
         self.checkpoints = self.path / "checkpoints"
         self.tokenizer = self.path / "tokenizer.json"
 

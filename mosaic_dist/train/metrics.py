@@ -1,6 +1,7 @@
 """metrics.jsonl: one JSON object per logged step, in order of steps."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +15,53 @@ class MetricsFile:
     `auxiliary_loss`, `learning_rate`, `grad_norm` (before clipping), `skipped`, `step_seconds`, `data_seconds` (waiting
     for data), `tokens_per_second`, `mfu`, `expert_max_over_mean` (worst layer), and on some steps `validation_loss` and
     `validation_exact_match` (share of the questions answered to the letter).
+
+    Every `logging.experts_every_steps` there is also `experts`, with an object for each block that has experts, by its
+    name in the model (`blocks.1`). All but the last of its fields are of the step's global batch: `load` (choices per
+    expert, dropped ones included), `max_over_mean` (load of the busiest expert over an even share), `dead` (share of
+    the experts without a choice), `balance` and `z` (the losses before their weights), `entropy` (of the router's
+    distribution, mean over tokens, in nats), `drop_rate` (share of the choices), and, where the router has one,
+    `correction` ([lowest, highest] over the experts, after the step).
     """
 
     def __init__(self, path: Path, step: int):
-        kept = [record for record in read_metrics(path) if record["step"] <= step]
-        write_atomic(path, "".join(json.dumps(record) + "\n" for record in kept))
+        self.last_step = 0
+        """Of the last record."""
+        kept = []
+        for record in each_record(path):
+            if record["step"] <= step:
+                kept.append(json.dumps(record) + "\n")
+                self.last_step = record["step"]
+        write_atomic(path, "".join(kept))
         self._file = open(path, "a")  # noqa: SIM115 - open for the whole run
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a record and hand it to the operating system."""
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
+        self.last_step = record["step"]
+
+
+def each_record(path: Path) -> Iterator[dict[str, Any]]:
+    """Records of a metrics file, one at a time: with many experts they are large together. None where there is no file.
+
+    A last line that was cut by a crash is left out; ValueError for any other that is not JSON.
+    """
+    if not path.exists():
+        return
+    broken = ""
+    with open(path) as file:
+        for number, line in enumerate(file, 1):
+            if broken:
+                raise ValueError(broken)
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                broken = f"{path}:{number}: not a JSON record: {line[:80]!r}"
+                continue
+            yield record
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Records of a metrics file; none where there is no file. A last line that was cut by a crash is left out."""
-    records: list[dict[str, Any]] = []
-    if path.exists():
-        lines = path.read_text().splitlines()
-        for i, line in enumerate(lines):
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                if i != len(lines) - 1:
-                    raise ValueError(f"{path}:{i + 1}: not a JSON record: {line[:80]!r}") from None
-    return records
+    """All of `each_record`."""
+    return list(each_record(path))

@@ -42,6 +42,11 @@ def plot_loss(records: Sequence[dict[str, Any]], path: Path, title: str) -> None
     axes.set(xlabel="step", ylabel="cross-entropy (nats per token)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
+    publish(figure, path)
+
+
+def publish(figure: Any, path: Path) -> None:
+    """Write a figure as PNG, so that a reader sees the old one or the new one, and let it go."""
     aside = path.with_name(f".{path.name}")
     figure.savefig(aside, dpi=120, format="png")
     aside.replace(path)

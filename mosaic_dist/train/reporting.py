@@ -1,31 +1,23 @@
-"""Hooks that tell how a run goes: metrics, progress, trackers, plot. They act on the main process only."""
+"""Hooks that tell how a run goes: metrics, progress, plots. They act on the main process only."""
 
-import os
 import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tqdm import tqdm
 
-from mosaic_dist.errors import UserError
 from mosaic_dist.parallel import StepResult
 from mosaic_dist.run_spec import Run
+from mosaic_dist.train.expert_plot import ExpertHistory, plot_experts
+from mosaic_dist.train.experts import Experts, describe_experts, flatten, loads_by_layer, max_over_mean
 from mosaic_dist.train.folder import RunFolder
-from mosaic_dist.train.metrics import MetricsFile, read_metrics
+from mosaic_dist.train.metrics import MetricsFile, each_record
 from mosaic_dist.train.plot import plot_loss
+from mosaic_dist.train.trackers import Tracker
 from mosaic_dist.train.trainer import Trainer
 
 PLAIN_LINE_SECONDS = 10.0
 """Interval of progress lines where stderr is no terminal."""
-
-
-class Tracker(Protocol):
-    """A service that takes metrics: W&B, TensorBoard."""
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Record numbers of a step."""
 
 
 class Metrics:
@@ -37,11 +29,20 @@ class Metrics:
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """Record the step when due, and always when it was validated."""
-        step = trainer.progress.step
         if trainer.validation_loss is None and not trainer.is_due(trainer.run.logging.every_steps):
             return
-        record: dict[str, Any] = {
-            "step": step,
+        values = self._values(trainer, result)
+        experts = self._experts(trainer, result)
+        self.file.write(values | ({"experts": experts} if experts else {}))
+        of_experts, loads = flatten(experts)
+        step = values.pop("step")
+        for tracker in self.trackers:
+            tracker.write(step, values | of_experts, loads)
+
+    def _values(self, trainer: Trainer, result: StepResult) -> dict[str, Any]:
+        """The numbers of every record."""
+        values: dict[str, Any] = {
+            "step": trainer.progress.step,
             "tokens": trainer.progress.tokens,
             "loss": result.loss,
             "auxiliary_loss": result.auxiliary_loss,
@@ -53,16 +54,19 @@ class Metrics:
             "tokens_per_second": result.tokens / trainer.step_seconds,
             "mfu": self.speed.mfu(result.tokens, trainer.step_seconds),
         }
-        if result.expert_load.numel():
-            load_LE = result.expert_load.double()
-            record["expert_max_over_mean"] = (load_LE.amax(1) / load_LE.mean(1)).max().item()
+        if loads := loads_by_layer(trainer.run.model, result.expert_load):
+            values["expert_max_over_mean"] = max(max_over_mean(load_E) for load_E in loads.values())
         if trainer.validation_loss is not None:
-            record["validation_loss"] = trainer.validation_loss
+            values["validation_loss"] = trainer.validation_loss
         if trainer.validation_exact_match is not None:
-            record["validation_exact_match"] = trainer.validation_exact_match
-        self.file.write(record)
-        for tracker in self.trackers:
-            tracker.write(step, {key: value for key, value in record.items() if key != "step"})
+            values["validation_exact_match"] = trainer.validation_exact_match
+        return values
+
+    def _experts(self, trainer: Trainer, result: StepResult) -> Experts:
+        """The figures of each layer with experts, where this record is the first one since they became due; or none."""
+        every = trainer.run.logging.experts_every_steps
+        due = every > 0 and (trainer.progress.step // every > self.file.last_step // every or trainer.is_ending)
+        return describe_experts(trainer.run.model, result, trainer.engine) if due else {}
 
 
 class Speed:
@@ -112,61 +116,20 @@ class ProgressBar:
             print(f"step {step}/{self.until_step}  {text}  eta {left:.0f} s", file=sys.stderr, flush=True)
 
 
-class LossPlot:
-    """Draws the loss curve every so many steps and when this start of the run ends."""
+class Plots:
+    """Draws the loss curve and what the experts do, every so many steps and when this start of the run ends."""
 
     def __init__(self, folder: RunFolder):
         self.folder = folder
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
-        """Draw when due."""
-        if trainer.is_ending or trainer.is_due(trainer.run.logging.plot_every_steps):
-            plot_loss(read_metrics(self.folder.metrics), self.folder.loss_plot, trainer.run.name)
-
-
-def make_trackers(run: Run, folder: Path) -> list[Tracker]:
-    """The trackers that a run asks for. UserError where a package is missing."""
-    makers: dict[str, Callable[[Run, Path], Tracker]] = {"wandb": WandbTracker, "tensorboard": TensorboardTracker}
-    return [makers[name](run, folder) for name in run.logging.trackers]
-
-
-class WandbTracker:
-    """Weights & Biases; offline unless WANDB_MODE says otherwise, so that it never asks for a login."""
-
-    def __init__(self, run: Run, folder: Path):
-        os.environ.setdefault("WANDB_MODE", "offline")
-        os.environ.setdefault("WANDB_SILENT", "true")
-        import wandb  # takes seconds, and most runs do without
-
-        id_file = folder / "wandb_id"
-        self.run = wandb.init(
-            project=run.logging.project,
-            name=run.name,
-            id=id_file.read_text() if id_file.exists() else None,
-            resume="allow",
-            dir=str(folder),
-            config=run.to_dict(),
-        )
-        id_file.write_text(self.run.id)
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """See `Tracker`."""
-        self.run.log(values, step=step)
-
-
-class TensorboardTracker:
-    """TensorBoard event files in the run folder."""
-
-    def __init__(self, run: Run, folder: Path):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError(
-                "the tracker 'tensorboard' needs its package: pip install 'mosaic-dist[tensorboard]'"
-            ) from None
-        self.writer = SummaryWriter(str(folder / "tensorboard"))
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """See `Tracker`."""
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
+        """Draw when due, from the whole of `metrics.jsonl`: also what earlier starts of the run did."""
+        if not (trainer.is_ending or trainer.is_due(trainer.run.logging.plot_every_steps)):
+            return
+        records, history = [], ExpertHistory()
+        for record in each_record(self.folder.metrics):
+            history.add(record["step"], record.pop("experts", {}))
+            records.append(record)
+        plot_loss(records, self.folder.loss_plot, trainer.run.name)
+        if history.steps:
+            plot_experts(history, self.folder.experts_plot, trainer.run.name)

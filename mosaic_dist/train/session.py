@@ -16,7 +16,8 @@ from mosaic_dist.run_spec import Run
 from mosaic_dist.train.folder import RunFolder
 from mosaic_dist.train.initial import InitialWeights, fill, verify_together
 from mosaic_dist.train.peak import peak_flops_per_second
-from mosaic_dist.train.reporting import LossPlot, Metrics, ProgressBar, Speed, make_trackers
+from mosaic_dist.train.reporting import Metrics, Plots, ProgressBar, Speed
+from mosaic_dist.train.trackers import make_trackers
 from mosaic_dist.train.trainer import Hook, NonfiniteGuard, Progress, Trainer, Validation
 
 
@@ -119,7 +120,7 @@ def make_hooks(trainer: Trainer, folder: RunFolder, info: DatasetInfo, speed: Sp
         hooks.append(ProgressBar(run, step, trainer.until_step, speed))
     hooks.append(Saver(folder))
     if world.is_main:
-        hooks.append(LossPlot(folder))
+        hooks.append(Plots(folder))
     return hooks
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from mosaic_dist.convert.hugging_face import SafetensorsFolder, export_folder, import_folder
 from mosaic_dist.convert.weights import CheckpointTensors
-from mosaic_dist.data.tokenizer import train_bpe
+from mosaic_dist.data.tokenizer import Tokenizer, train_bpe
 from mosaic_dist.errors import UserError
 from mosaic_dist.model import GQA, Block, RMSNorm, RoPE, SwiGLU, Tied, Transformer
 from tests.convert.test_twins import BOUND, ours_from, relative
@@ -79,8 +80,19 @@ def test_bf16_casts_parameters_and_keeps_the_correction(tmp_path):
     assert loaded.dtype == torch.bfloat16
 
 
-def test_tokenizer_goes_along_and_ends_generation(tmp_path):
-    words = train_bpe(["one two three " * 50], 265)
+def sentencepiece_words(folder: Path) -> Tokenizer:
+    """A Unigram tokenizer, whose vocabulary is a list instead of a table."""
+    library = pytest.importorskip("sentencepiece")
+    lines = iter(["one two three", "two one", "three"] * 20)
+    library.SentencePieceTrainer.train(
+        sentence_iterator=lines, model_prefix=str(folder / "words"), vocab_size=14, minloglevel=2
+    )
+    return Tokenizer.load(folder / "words.model")
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_tokenizer_goes_along_and_ends_generation(tmp_path, kind):
+    words = train_bpe(["one two three " * 50], 265) if kind == "bpe" else sentencepiece_words(tmp_path)
     words.save(tmp_path / "tokenizer.json")
     block = Block(attention=GQA(heads=4, kv_heads=2), ffn=SwiGLU(width=32))
     spec = Transformer(vocab=320, dim=32, context=32, position=RoPE(), blocks=2 * (block,), norm=RMSNorm(), head=Tied())

@@ -5,7 +5,19 @@ import math
 import pytest
 import torch
 
-from mosaic_dist.model import GELU, MHA, Block, Factored, LayerNorm, MoE, SwiGLU, Transformer, Untied
+from mosaic_dist.model import (
+    GELU,
+    MHA,
+    Block,
+    Factored,
+    LayerNorm,
+    MoE,
+    NormalizedBlock,
+    SwiGLU,
+    Transformer,
+    UnitMatrix,
+    Untied,
+)
 from mosaic_dist.optim import AdamW, Constant, Cosine, parameter_groups
 
 
@@ -54,6 +66,17 @@ def test_tables_gains_and_biases_do_not_decay():
         "norm.bias",
     }
     assert len(decay["params"]) + len(no_decay["params"]) == len(names)
+
+
+def test_the_scales_of_stacked_experts_do_not_decay():
+    expert = SwiGLU(width=8, matrix=UnitMatrix())
+    block = NormalizedBlock(attention=MHA(heads=2), ffn=MoE(expert=expert, experts=2))
+    model = Transformer(vocab=16, dim=8, context=4, blocks=(block,)).build_initialized(0)
+    stacked = model.blocks[0].ffn.experts.up
+    decay, no_decay = ({id(p) for p in group["params"]} for group in parameter_groups(model, 0.1))
+    assert stacked.scale.shape == (2, 8)
+    assert id(stacked.scale) in no_decay
+    assert id(stacked.weight) in decay
 
 
 def test_an_untied_head_decays():

@@ -11,7 +11,6 @@ from torch import Tensor
 from mosaic_dist.checkpoint import Checkpoint
 from mosaic_dist.checkpoint.engine_state import BUFFER, MASTER, save_engine
 from mosaic_dist.parallel import Engine, join_world, leave_world
-from mosaic_dist.parallel.state import optimizer_tensors, shards
 from tests.parallel.mixed import LEARNING_RATE, OPTIMIZER, STEPS, batches, cases, make_engine, my_part
 
 
@@ -27,17 +26,10 @@ def saved(folder: Path, step: int, engine: Engine) -> dict[str, Tensor]:
 
 
 def held_bytes(engine: Engine) -> list[int]:
-    """Bytes of the weights that this rank's modules show (a rank's part of ZeRO-3 shows none), and of the moments."""
-    weights = sum(p.numel() * p.element_size() for p in engine.model.parameters())
-    keys = {id(shard.key): shard for shard in shards(engine)}
-    moments = sum(
-        value.numel() * value.element_size()
-        for shard in keys.values()
-        for value in engine.deepspeed.basic_optimizer.state[shard.key].values()
-        if value.dim()
-    )
-    assert optimizer_tensors(engine, next(iter(keys.values()))), "the moments are there"
-    return [weights, moments]
+    """Bytes of this rank's weights (under ZeRO-3 those this small are kept whole) and of its moments."""
+    state = [value for values in engine.deepspeed.basic_optimizer.state.values() for value in values.values()]
+    weights, moments = list(engine.model.parameters()), [value for value in state if value.dim()]
+    return [sum(tensor.nbytes for tensor in tensors) for tensors in (weights, moments)]
 
 
 def main(folder: str) -> None:

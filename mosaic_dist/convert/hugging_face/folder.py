@@ -160,7 +160,10 @@ def _tokenizer_config(words: Tokenizer, context: int) -> dict[str, Any]:
         "model_max_length": context,
         "clean_up_tokenization_spaces": False,
     }
-    tokens = {token: name for name, token in words.document["model"]["vocab"].items()}
+    vocabulary = words.document["model"]["vocab"]
+    if isinstance(vocabulary, list):  # Unigram: pieces with their scores, by id
+        vocabulary = {name: token for token, (name, _) in enumerate(vocabulary)}
+    tokens = {token: name for name, token in vocabulary.items()}
     tokens |= {added["id"]: added["content"] for added in words.document.get("added_tokens", [])}
     ids = {"bos_token": words.bos_id, "eos_token": words.eos_id, "pad_token": words.pad_id}
     return config | {name: tokens[token] for name, token in ids.items()}

@@ -94,7 +94,7 @@ class Experts(nn.Module):
 
     def forward(self, x_SD: Tensor, rows: Rows) -> Tensor:
         """x_SD -> [S, D], for each token the weighted sum over its rows; `rows` are those of the experts held here."""
-        readers = [self.get_submodule(name) for name in self.spec.readers()]
+        readers: list[GroupedLinear] = [getattr(self, name) for name in self.spec.readers()]
         first, *_ = readers
 
         def activate(*hidden: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ class _InTurn(torch.autograd.Function):
         weights_R: Tensor,
         down_eFD: Tensor,
         down_bias_eD: Tensor | None,
-        *flat: Tensor | None,
+        *flat: Any,  # weight and bias, or None, of each reader
     ) -> Tensor:
         out_SD = torch.zeros_like(x_SD)
         hidden: list[Tensor] = []
@@ -79,7 +79,7 @@ class _InTurn(torch.autograd.Function):
         flat, hidden = rest[: ctx.layers], iter(rest[ctx.layers :])
         grad_x_SD, grad_weights_R = torch.zeros_like(x_SD), torch.empty_like(weights_R)
         parameters = (down_eFD, down_bias_eD, *flat)
-        gradients = [None if parameter is None else torch.empty_like(parameter) for parameter in parameters]
+        gradients: list[Any] = [None if p is None else torch.empty_like(p) for p in parameters]
         grad_down, grad_bias, *grad_flat = gradients
         split = (tensor.split(ctx.counts) for tensor in (tokens_R, weights_R, grad_weights_R))
         for e, (tokens_r, weights_r, grad_weights_r) in enumerate(zip(*split, strict=True)):
@@ -101,13 +101,13 @@ class _InTurn(torch.autograd.Function):
                 torch.sum(grad_rD, 0, out=grad_bias[e])
             torch.mm(active_rF.detach().T, grad_rD, out=grad_down[e])
             grads_rF = torch.autograd.grad(active_rF, hidden_rF, grad_rF.mul_(weights_r[:, None]))
-            x_rD, grad_x_rD = x_SD[tokens_r], None
+            x_rD = x_SD[tokens_r]
+            grad_x_rD = torch.empty_like(x_rD)
             for i, grad_rF in zip(range(0, len(flat), 2), grads_rF, strict=True):
                 torch.mm(x_rD.T, grad_rF, out=grad_flat[i][e])
                 if grad_flat[i + 1] is not None:
                     torch.sum(grad_rF, 0, out=grad_flat[i + 1][e])
-                back_DF = flat[i][e].T
-                grad_x_rD = torch.mm(grad_rF, back_DF) if grad_x_rD is None else grad_x_rD.addmm_(grad_rF, back_DF)
+                grad_x_rD.addmm_(grad_rF, flat[i][e].T, beta=min(i, 1))  # the first overwrites
             grad_x_SD.index_add_(0, tokens_r, grad_x_rD)
         return None, None, grad_x_SD, None, grad_weights_R, *gradients
 

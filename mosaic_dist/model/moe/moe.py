@@ -1,7 +1,7 @@
 """Mixture of experts: each token passes the `top_k` experts that its router chooses, and the shared ones."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -101,11 +101,11 @@ class MixtureOfExperts(nn.Module):
         self.spec = spec
         width = spec.expert.width // spec.split
         self.router = spec.router.build(dim, spec.experts, spec.top_k, spec.router_bias)
-        self.exchange: nn.Module = LocalExchange()
+        self.exchange: Any = LocalExchange()
         self.experts = spec.expert.build_experts(dim, width, spec.experts)
         self.shared = spec.expert.build_network(dim, spec.shared_experts * width) if spec.shared_experts else None
         self.chunks = 1
-        self.step_counts_E: Tensor | int = 0
+        self.step_counts_E: Any = 0
         """Choices per expert of all processes in this step so far; for `balance_over: global_batch`."""
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Extras]:
