@@ -73,8 +73,10 @@ class Engine:
         self.mixtures = [layer for layer in model.modules() if isinstance(layer, MixtureOfExperts)]
         for layer in self.mixtures:
             layer.chunks = parallel.expert_chunks
-        if self.mixtures:  # their layers are used together, so ZeRO-3 is to gather them together
-            deepspeed.utils.set_z3_leaf_modules(model, [Experts])
+        if self.mixtures:
+            # their layers are used together, so ZeRO-3 is to gather them together; and it takes gradients for complete
+            # after the first backward pass of what it gathers, which with chunks must be the whole mixture
+            deepspeed.utils.set_z3_leaf_modules(model, [Experts if parallel.expert_chunks == 1 else MixtureOfExperts])
         apply_recompute(model, parallel.recompute)
         materialize(model, torch.device("cpu"))
         if fill is None:

@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from mosaic_dist.train.plot import publish, pyplot
 
 HEAT_RECORDS = 20
 """The heat map is over so many of the last records: one step is noise, the whole run hides what is now."""
+CURVE_POINTS = 400
+"""Of a longer history means are drawn: the noise of one layer would hide the layers behind it."""
 NAMED_LAYERS = 8
 """With more layers than that a scale of colours stands for the list of their names."""
 LABELLED_ROWS = 40
@@ -64,6 +66,12 @@ def relative_shares(loads: "deque[dict[str, list[int]]]") -> dict[str, numpy.nda
     """Choices per expert of each layer over all records, relative to an even share, [E]; 1 for all is balance."""
     sums = {layer: numpy.sum([record[layer] for record in loads], axis=0) for layer in loads[-1]}
     return {layer: load_E * len(load_E) / load_E.sum() for layer, load_E in sums.items()}
+
+
+def condense(values: Sequence[Any]) -> numpy.ndarray:
+    """Means over neighbours, so that at most CURVE_POINTS are left; of numbers [n], or of pairs [n, 2]."""
+    parts = numpy.array_split(numpy.asarray(values, dtype=float), min(len(values), CURVE_POINTS))
+    return numpy.array([part.mean(axis=0) for part in parts])
 
 
 def plot_experts(history: ExpertHistory, path: Path, title: str) -> None:

@@ -24,6 +24,7 @@ VARIANTS = {
     "ffn": Parallel(recompute=Recompute(parts="ffn")),
     "moe": Parallel(recompute=Recompute(parts="moe")),
     "chunks": Parallel(expert_chunks=3),
+    "chunks in moe": Parallel(expert_chunks=3, recompute=Recompute(parts="moe")),
     "chunks in full": Parallel(expert_chunks=3, recompute=Recompute(parts="full")),
 }
 

@@ -16,6 +16,7 @@ PASSES = {
     "ffn": 2,
     "moe": 2,
     "chunks": 2 * 3,
+    "chunks in moe": 3 * 3,
     "chunks in full": 3 * 3,
 }
 """How often tokens pass the experts of a layer, forward and backward: "every second" means the first of two layers."""

@@ -40,80 +40,80 @@ def run_experts(x_SD: Tensor, rows: Rows, activate: Activate, inputs: Sequence[L
 
 def run_in_turn(x_SD: Tensor, rows: Rows, activate: Activate, inputs: Sequence[Layer], down: Layer) -> Tensor:
     """See `run_experts`."""
-    counts = rows.counts_E.tolist()
-    weights_R = rows.weights_R.to(x_SD.dtype)
-    flat = [tensor for layer in inputs for tensor in layer]
-    return _InTurn.apply(activate, counts, x_SD, rows.tokens_R, weights_R, *down, *flat)
+    counts, weights_R = rows.counts_E.tolist(), rows.weights_R.to(x_SD.dtype)
+    flat = [tensor for layer in (*inputs, down) for tensor in layer]
+    return _InTurn.apply(activate, counts, x_SD, rows.tokens_R, weights_R, *flat)
 
 
 class _InTurn(torch.autograd.Function):
+    """`flat`: weight and bias, or None, of each layer that reads the tokens, and of down."""
+
     @staticmethod
     def forward(
-        ctx: Any,
-        activate: Activate,
-        counts: list[int],
-        x_SD: Tensor,
-        tokens_R: Tensor,
-        weights_R: Tensor,
-        down_eFD: Tensor,
-        down_bias_eD: Tensor | None,
-        *flat: Any,  # weight and bias, or None, of each reader
+        ctx: Any, activate: Activate, counts: list[int], x_SD: Tensor, tokens_R: Tensor, weights_R: Tensor, *flat: Any
     ) -> Tensor:
+        *readers, down = _pairs(flat)
         out_SD = torch.zeros_like(x_SD)
         hidden: list[Tensor] = []
         for e, (tokens_r, weights_r) in enumerate(zip(tokens_R.split(counts), weights_R.split(counts), strict=True)):
-            if not len(tokens_r):
-                continue
-            x_rD = x_SD[tokens_r]
-            hidden_rF = [_linear(x_rD, flat[i], flat[i + 1], e) for i in range(0, len(flat), 2)]
-            out_rD = _linear(activate(*hidden_rF), down_eFD, down_bias_eD, e)
-            out_SD.index_add_(0, tokens_r, out_rD.mul_(weights_r[:, None]))
-            hidden += hidden_rF
-        ctx.activate, ctx.counts, ctx.layers = activate, counts, len(flat)
-        ctx.save_for_backward(x_SD, tokens_R, weights_R, down_eFD, down_bias_eD, *flat, *hidden)
+            if len(tokens_r):
+                x_rD = x_SD[tokens_r]
+                hidden_rF = [_linear(x_rD, layer, e) for layer in readers]
+                out_rD = _linear(activate(*hidden_rF), down, e)
+                out_SD.index_add_(0, tokens_r, out_rD.mul_(weights_r[:, None]))
+                hidden += hidden_rF
+        ctx.activate, ctx.counts, ctx.tensors = activate, counts, len(flat)
+        ctx.save_for_backward(x_SD, tokens_R, weights_R, *flat, *hidden)
         return out_SD
 
     @staticmethod
     def backward(ctx: Any, grad_SD: Tensor) -> tuple[Tensor | None, ...]:
-        x_SD, tokens_R, weights_R, down_eFD, down_bias_eD, *rest = ctx.saved_tensors
-        flat, hidden = rest[: ctx.layers], iter(rest[ctx.layers :])
+        x_SD, tokens_R, weights_R, *rest = ctx.saved_tensors
+        flat, hidden = rest[: ctx.tensors], iter(rest[ctx.tensors :])
+        grad_flat = [None if tensor is None else torch.empty_like(tensor) for tensor in flat]
+        *readers, down = _pairs(flat)
+        *grad_readers, grad_down = _pairs(grad_flat)
         grad_x_SD, grad_weights_R = torch.zeros_like(x_SD), torch.empty_like(weights_R)
-        parameters = (down_eFD, down_bias_eD, *flat)
-        gradients: list[Any] = [None if p is None else torch.empty_like(p) for p in parameters]
-        grad_down, grad_bias, *grad_flat = gradients
         split = (tensor.split(ctx.counts) for tensor in (tokens_R, weights_R, grad_weights_R))
         for e, (tokens_r, weights_r, grad_weights_r) in enumerate(zip(*split, strict=True)):
             if not len(tokens_r):
-                for gradient in gradients:
+                for gradient in grad_flat:
                     if gradient is not None:
                         gradient[e].zero_()
                 continue
-            grad_rD = grad_SD[tokens_r]
-            hidden_rF = [next(hidden).detach().requires_grad_() for _ in range(0, len(flat), 2)]
+            x_rD, grad_rD = x_SD[tokens_r], grad_SD[tokens_r]
+            hidden_rF = [next(hidden).detach().requires_grad_() for _ in readers]
             with torch.enable_grad():
                 active_rF = ctx.activate(*hidden_rF)
-            grad_rF = torch.mm(grad_rD, down_eFD[e].T)
+            # the gradient of the activation but for the row's weight, whose own gradient needs it
+            grad_rF = torch.mm(grad_rD, down.weight_eIO[e].T)
             torch.linalg.vecdot(active_rF.detach(), grad_rF, out=grad_weights_r)
-            if grad_bias is not None:
-                grad_weights_r += grad_rD @ down_bias_eD[e]
-            grad_rD.mul_(weights_r[:, None])
-            if grad_bias is not None:
-                torch.sum(grad_rD, 0, out=grad_bias[e])
-            torch.mm(active_rF.detach().T, grad_rD, out=grad_down[e])
+            if down.bias_eO is not None:
+                grad_weights_r += grad_rD @ down.bias_eO[e]
+            _write_gradient(grad_down, active_rF.detach(), grad_rD.mul_(weights_r[:, None]), e)
             grads_rF = torch.autograd.grad(active_rF, hidden_rF, grad_rF.mul_(weights_r[:, None]))
-            x_rD = x_SD[tokens_r]
-            grad_x_rD = torch.empty_like(x_rD)
-            for i, grad_rF in zip(range(0, len(flat), 2), grads_rF, strict=True):
-                torch.mm(x_rD.T, grad_rF, out=grad_flat[i][e])
-                if grad_flat[i + 1] is not None:
-                    torch.sum(grad_rF, 0, out=grad_flat[i + 1][e])
-                grad_x_rD.addmm_(grad_rF, flat[i][e].T, beta=min(i, 1))  # the first overwrites
+            grad_x_rD = torch.zeros_like(x_rD)
+            for layer, grad_layer, grad_rF in zip(readers, grad_readers, grads_rF, strict=True):
+                _write_gradient(grad_layer, x_rD, grad_rF, e)
+                grad_x_rD.addmm_(grad_rF, layer.weight_eIO[e].T)
             grad_x_SD.index_add_(0, tokens_r, grad_x_rD)
-        return None, None, grad_x_SD, None, grad_weights_R, *gradients
+        return None, None, grad_x_SD, None, grad_weights_R, *grad_flat
 
 
-def _linear(x_rI: Tensor, weight_eIO: Tensor, bias_eO: Tensor | None, e: int) -> Tensor:
-    return torch.mm(x_rI, weight_eIO[e]) if bias_eO is None else torch.addmm(bias_eO[e], x_rI, weight_eIO[e])
+def _pairs(flat: Sequence[Any]) -> list[Layer]:
+    return [Layer(weight, bias) for weight, bias in zip(flat[::2], flat[1::2], strict=True)]
+
+
+def _linear(x_rI: Tensor, layer: Layer, e: int) -> Tensor:
+    weight_IO = layer.weight_eIO[e]
+    return torch.mm(x_rI, weight_IO) if layer.bias_eO is None else torch.addmm(layer.bias_eO[e], x_rI, weight_IO)
+
+
+def _write_gradient(gradient: Layer, x_rI: Tensor, grad_rO: Tensor, e: int) -> None:
+    """Write the gradients of one expert's matrix and bias."""
+    torch.mm(x_rI.T, grad_rO, out=gradient.weight_eIO[e])
+    if gradient.bias_eO is not None:
+        torch.sum(grad_rO, 0, out=gradient.bias_eO[e])
 
 
 # --- all experts at once ------------------------------------------------------------------------------------------
@@ -122,18 +122,18 @@ def _linear(x_rI: Tensor, weight_eIO: Tensor, bias_eO: Tensor | None, e: int) ->
 def run_grouped(x_SD: Tensor, rows: Rows, activate: Activate, inputs: Sequence[Layer], down: Layer) -> Tensor:
     """See `run_experts`."""
     ends_e = rows.counts_E.cumsum(0).to(torch.int32)
-    R = len(rows.tokens_R)
-    numbers_e = torch.arange(len(ends_e), device=x_SD.device)
-    experts_R = numbers_e.repeat_interleave(rows.counts_E, output_size=R)
+
+    def bias(bias_eO: Tensor) -> Tensor:
+        return bias_eO.repeat_interleave(rows.counts_E, 0, output_size=len(rows.tokens_R))
 
     def linear(x_RI: Tensor, layer: Layer) -> Tensor:
         out_RO = functional.grouped_mm(x_RI, layer.weight_eIO, offs=ends_e)
-        return out_RO if layer.bias_eO is None else out_RO + layer.bias_eO[experts_R]
+        return out_RO if layer.bias_eO is None else out_RO + bias(layer.bias_eO)
 
     def finish(*hidden_RF: Tensor) -> Tensor:
         weights_R1 = rows.weights_R.to(x_SD.dtype)[:, None]
         out_RD = functional.grouped_mm(activate(*hidden_RF) * weights_R1, down.weight_eIO, offs=ends_e)
-        return out_RD if down.bias_eO is None else out_RD + weights_R1 * down.bias_eO[experts_R]
+        return out_RD if down.bias_eO is None else out_RD + weights_R1 * bias(down.bias_eO)
 
     x_RD = spread(x_SD, rows)
     hidden_RF = [linear(x_RD, layer) for layer in inputs]
