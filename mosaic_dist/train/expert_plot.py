@@ -96,15 +96,14 @@ def _draw_panels(figure: Any, history: ExpertHistory) -> None:
     """A small plot for each panel that has values, a line in it for each layer, and what the colours mean."""
     grid = figure.subplots(2, 4).flat
     layers = list(history.panels[next(iter(PANELS))])
-    scale = cm.ScalarMappable(colors.Normalize(0, max(1, len(layers) - 1)), "viridis")
+    scale: Any = cm.ScalarMappable(colors.Normalize(0, max(1, len(layers) - 1)), "viridis")
+    steps, marker = condense(history.steps), "." if len(history.steps) == 1 else ""  # one point makes no line
     for name, lines in history.panels.items():
         if all(numpy.isnan(values).all() for values in lines.values()):
             continue
         axes = next(grid)
         for i, values in enumerate(lines.values()):
-            axes.plot(
-                history.steps, values, color=scale.to_rgba(i), linewidth=0.9, marker="." if len(values) < 2 else ""
-            )
+            axes.plot(steps, condense(values), color=scale.to_rgba(i), linewidth=0.9, marker=marker)
         axes.set_title(name, fontsize="medium")
         axes.set_xlabel("step", fontsize="small")
         axes.grid(alpha=0.3)
@@ -112,7 +111,8 @@ def _draw_panels(figure: Any, history: ExpertHistory) -> None:
         axes.xaxis.set_major_locator(ticker.MaxNLocator(4, integer=True, min_n_ticks=1))
         axes.tick_params(labelsize="small")
         if name.startswith("share"):
-            axes.set_ylim(bottom=0, top=max(0.01, axes.get_ylim()[1]))
+            top = max(0.01, axes.get_ylim()[1])
+            axes.set_ylim(-0.03 * top, top)  # zero is what one hopes for, and is to be seen
     free = list(grid)
     for axes in free:
         axes.set_axis_off()

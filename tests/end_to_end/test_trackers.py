@@ -1,9 +1,11 @@
 """Metrics for W&B and TensorBoard: offline, without a login, continued under the same id."""
 
 import importlib.util
+import re
 
 import pytest
 
+from mosaic_dist.train.trackers import TensorboardTracker
 from tests.end_to_end.conftest import SMALL, command
 
 pytestmark = pytest.mark.timeout(300)
@@ -28,7 +30,24 @@ def test_wandb_offline_keeps_its_id(dataset, tmp_path):
         assert done.returncode == 0, done.stdout[-3000:]
         ids.append((folder / "wandb_id").read_text())
     assert ids[0] == ids[1]
-    assert len(list((folder / "wandb").glob("offline-run-*"))) == 2
+    logs = list((folder / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(logs) == 2
+    for log in logs:  # names and values as they lie side by side in the file
+        content = log.read_bytes()
+        assert re.search(rb"experts/blocks\.3/max_over_mean\W{1,8}[1-4](\.\d|\W)", content)
+        assert re.search(rb'experts/blocks\.0/load.{1,16}"histogram"\n', content, re.DOTALL)
+
+
+def test_tensorboard_gets_numbers_and_histograms(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    tracker = TensorboardTracker(None, tmp_path)
+    tracker.write(7, {"experts/blocks.1/dead": 0.25}, {"experts/blocks.1/load": [0, 3, 3, 6]})
+    tracker.writer.close()
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("experts/blocks.1/dead")] == [(7, 0.25)]
+    (event,) = events.Histograms("experts/blocks.1/load")
+    histogram = event.histogram_value
+    assert (event.step, histogram.min, histogram.max, histogram.num, histogram.sum) == (7, 0, 6, 4, 12)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorboard") is not None, reason="tensorboard is installed")
