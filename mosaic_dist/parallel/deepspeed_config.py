@@ -139,6 +139,7 @@ def fill_config(
     ):
         if zero.setdefault(key, needed) != needed:
             raise UserError(f"zero_optimization.{key} must be {needed}: {why}")
+    _check_offload(zero)
     filled = {key: value for key, value in config.items() if key in OWN_KEYS} | run_values
     filled["zero_optimization"] = {"stage": 0} | zero
     if zero_stage(config) == 0:
@@ -149,6 +150,25 @@ def fill_config(
         filled[key] |= {name: value for name, value in config.get(key, {}).items() if name != "enabled"}
     if precision == "bf16":
         filled["bf16"].setdefault("check_grad_overflow", True)  # so that a NaN gradient never reaches the weights
+    if filled.setdefault("zero_force_ds_cpu_optimizer", False):
+        raise UserError(
+            "zero_force_ds_cpu_optimizer must be false: the recipe's optimizer also updates what is offloaded"
+        )
     filled.setdefault("steps_per_print", 1 << 60)
     filled.setdefault("zero_allow_untested_optimizer", True)
     return filled
+
+
+def _check_offload(zero: dict[str, Any]) -> None:
+    """Refuse what DeepSpeed would pass over in silence, and what checkpoints could not read."""
+    for key, stages, needed in (
+        ("offload_optimizer", (1, 2, 3), "stage 1, 2 or 3"),
+        ("offload_param", (3,), "stage 3"),
+    ):
+        device = (zero.get(key) or {}).get("device", "none")
+        if device == "none":
+            continue
+        if device != "cpu":
+            raise UserError(f"zero_optimization.{key}.device is {device!r}, where checkpoints cannot read; use cpu")
+        if zero.get("stage", 0) not in stages:
+            raise UserError(f"zero_optimization.{key} needs {needed}; the stage is {zero.get('stage', 0)}")

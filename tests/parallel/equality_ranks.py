@@ -26,7 +26,7 @@ def saved(folder: Path, step: int, engine: Engine) -> dict[str, Tensor]:
 
 
 def held_bytes(engine: Engine) -> list[int]:
-    """Bytes of this rank's weights (under ZeRO-3 those this small are kept whole) and of its moments."""
+    """Bytes of this rank's weights (under ZeRO-3 none between steps) and of its moments."""
     state = [value for values in engine.deepspeed.basic_optimizer.state.values() for value in values.values()]
     weights, moments = list(engine.model.parameters()), [value for value in state if value.dim()]
     return [sum(tensor.nbytes for tensor in tensors) for tensors in (weights, moments)]

@@ -6,7 +6,7 @@ are written out here from the routers' choices, because `balance_over` is about 
 
 import itertools
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,17 +84,25 @@ def model_of(case: Case) -> Transformer:
     return replace(MODEL, blocks=tuple(uncut))
 
 
-def make_engine(world: World, case: Case, parallel: Parallel = Parallel()) -> Engine:  # noqa: B008 - a frozen value
-    """The engine of this rank."""
+def make_engine(
+    world: World,
+    case: Case,
+    model: Transformer | None = None,
+    parallel: Parallel = Parallel(),  # noqa: B008 - a frozen value
+    **zero: Any,
+) -> Engine:
+    """The engine of this rank, with further settings of ZeRO; `model` None: `model_of` the case."""
+    # without the threshold ZeRO-3 would keep parameters as small as these whole on every rank
+    settings = {"stage": case.stage, "stage3_param_persistence_threshold": 0} | zero
     config = fill_config(
-        {"zero_optimization": {"stage": case.stage}},
+        {"zero_optimization": settings},
         precision=case.precision,
         micro_batch=BATCH // world.size // case.accumulation,
         accumulation=case.accumulation,
         world_size=world.size,
         clip_norm=OPTIMIZER.clip_norm,
     )
-    return Engine(model_of(case), OPTIMIZER, config, case.degree, 0, world, parallel=parallel)
+    return Engine(model or model_of(case), OPTIMIZER, config, case.degree, 0, world, parallel=parallel)
 
 
 def my_part(world: World) -> slice:

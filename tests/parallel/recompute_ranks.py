@@ -10,9 +10,9 @@ import torch
 
 from mosaic_dist.model import Experts, Recompute, Transformer
 from mosaic_dist.model.moe.router import RouterModule
-from mosaic_dist.parallel import Engine, Parallel, World, fill_config, join_world, leave_world
+from mosaic_dist.parallel import Engine, Parallel, World, join_world, leave_world
 from mosaic_dist.parallel.state import optimizer_tensors, shards
-from tests.parallel.mixed import BATCH, LEARNING_RATE, MODEL, OPTIMIZER, batches, my_part
+from tests.parallel.mixed import LEARNING_RATE, MODEL, Case, batches, make_engine, my_part
 
 ACCUMULATION = 2
 STAGES = (1, 3)
@@ -43,15 +43,7 @@ def noisy_model() -> Transformer:
 
 def train(world: World, stage: int, parallel: Parallel, seed: int) -> dict[str, Any]:
     """Results of all steps, and this rank's final weights and moments."""
-    config = fill_config(
-        {"zero_optimization": {"stage": stage}},
-        precision="fp32",
-        micro_batch=BATCH // world.size // ACCUMULATION,
-        accumulation=ACCUMULATION,
-        world_size=world.size,
-        clip_norm=OPTIMIZER.clip_norm,
-    )
-    engine = Engine(noisy_model(), OPTIMIZER, config, 2, 0, world, parallel=parallel)
+    engine = make_engine(world, Case(world.size, stage, 2, ACCUMULATION, "fp32"), noisy_model(), parallel)
     calls = {
         "choices": count_calls(engine, RouterModule, "choose"),
         "passes": count_calls(engine, Experts, "forward"),

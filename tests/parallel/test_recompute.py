@@ -25,7 +25,7 @@ PASSES = {
 @pytest.fixture(scope="module")
 def told(tmp_path_factory):
     path = tmp_path_factory.mktemp("recompute") / "told.json"
-    check(run_ranks("tests.parallel.recompute_ranks", 2, str(path)))
+    check(run_ranks("tests.parallel.forked", 1, "tests.parallel.recompute_ranks", "2", str(path)))
     return json.loads(path.read_text())
 
 
