@@ -48,10 +48,10 @@ def test_degrees_that_cannot_be(asked, experts, world, says):
 
 
 def test_our_configs_hold_what_deepspeed_alone_knows():
-    assert [path.name for path in CONFIGS] == [f"zero{stage}.json" for stage in range(4)]
-    for stage, path in enumerate(CONFIGS):
+    assert {f"zero{stage}" for stage in range(4)} < {path.stem for path in CONFIGS}
+    for path in CONFIGS:
         config = read_config(str(path))
-        assert config["zero_optimization"]["stage"] == stage
+        assert path.stem.startswith(f"zero{config['zero_optimization']['stage']}")
         for key, value in config.items():
             assert key not in OWNED or value == "auto"
         assert resolve_precision("auto", config) == "fp32"  # on a machine without a GPU
