@@ -148,14 +148,16 @@ def expert_counts(model: nn.Module) -> list[int]:
 def choose_degree(asked: int | str, experts: list[int], world_size: int, local_size: int) -> int:
     """The expert-parallel degree: `asked`, or for "auto" the largest that divides the experts and fits in a node.
 
-    Raises UserError where experts or ranks do not divide by the degree.
+    Expert groups are ranks in a row, so one of at most a node's size lies inside a node. Raises UserError where experts
+    or ranks do not divide by the degree, and where groups would straddle nodes.
     """
     if not experts:
         if asked not in ("auto", 1):
             raise UserError(f"expert_parallel is {asked}, but the model has no experts; use 1")
         return 1
     if asked == "auto":
-        fitting = [n for n in range(1, local_size + 1) if world_size % n == 0 and all(e % n == 0 for e in experts)]
+        divided = (world_size, local_size, *experts)
+        fitting = [n for n in range(1, local_size + 1) if all(number % n == 0 for number in divided)]
         return max(fitting)
     degree = int(asked)
     for count in experts:
@@ -163,6 +165,11 @@ def choose_degree(asked: int | str, experts: list[int], world_size: int, local_s
             raise UserError(f"{count} experts do not divide by expert_parallel ({degree}); use {_divisors(count)}")
     if world_size % degree:
         raise UserError(f"{world_size} ranks do not divide by expert_parallel ({degree}); use {_divisors(world_size)}")
+    if local_size % degree and degree % local_size:  # groups are runs of neighbouring ranks
+        raise UserError(
+            f"expert_parallel ({degree}) would cut expert groups across nodes of {local_size} ranks; use "
+            f"{_divisors(local_size)}, or a multiple of {local_size}"
+        )
     return degree
 
 

@@ -42,21 +42,13 @@ def train_run(
         verify_together(initial, world)
         say(world, f"starting from the weights in {initial.path}")
     on_main(world, lambda: folder.claim(run))
-    peak, peak_source = peak_flops_per_second(world.device)
     torch.manual_seed(run.seed + world.rank)
     filled = None if initial is None else functools.partial(fill, weights=initial)
     engine = Engine(run.model, run.optimizer, config, degree, run.seed, world, filled, run.parallel)
     checkpoint = newest_good(folder, world)
     trainer = begin(run, info, engine, checkpoint, min(run.steps, stop_at_step or run.steps))
-    facts = {
-        "world_size": world.size,
-        "expert_parallel": degree,
-        "zero_stage": engine.zero_stage,
-        "parameters": counts.total,
-        "active_parameters": counts.active,
-        "peak_flops_per_second": peak,
-        "peak_source": peak_source,
-    }
+    peak, peak_source = peak_flops_per_second(world.device)
+    facts = engine_facts(engine, counts) | {"peak_flops_per_second": peak, "peak_source": peak_source}
     on_main(world, lambda: folder.describe(run, config, facts, info.tokenizer_path))
     say(
         world,
@@ -70,11 +62,28 @@ def train_run(
         return trainer
     speed = Speed(flops_per_token(run.model, run.seq_len), peak)
     trainer.train(make_hooks(trainer, folder, info, speed))
-    if trainer.progress.stopped_early:
-        loss, step = trainer.progress.best[0]
-        say(world, f"stopped early: the validation loss has not been below {loss:.4f} since step {step:.0f}")
-    say(world, f"done: step {trainer.progress.step}, {trainer.progress.tokens:,} tokens; see {folder.path}")
+    say(world, how_it_ended(trainer.progress) + f"; see {folder.path}")
     return trainer
+
+
+def engine_facts(engine: Engine, counts: Counts) -> dict[str, Any]:
+    """What a run folder tells of the layout that the run started in."""
+    return {
+        "world_size": engine.world.size,
+        "expert_parallel": engine.degree,
+        "zero_stage": engine.zero_stage,
+        "parameters": counts.total,
+        "active_parameters": counts.active,
+    }
+
+
+def how_it_ended(progress: Progress) -> str:
+    """Where this start of a run stopped, and why if it was early."""
+    done = f"done: step {progress.step}, {progress.tokens:,} tokens"
+    if not progress.stopped_early:
+        return done
+    loss, step = progress.best[0]
+    return f"{done}, stopped early because the validation loss has not been below {loss:.4f} since step {step:.0f}"
 
 
 def begin(run: Run, info: DatasetInfo, engine: Engine, checkpoint: Checkpoint | None, until_step: int) -> Trainer:

@@ -47,6 +47,13 @@ def test_degrees_that_cannot_be(asked, experts, world, says):
         choose_degree(asked, experts, world, world)
 
 
+def test_expert_groups_lie_inside_nodes_or_are_made_of_whole_ones():
+    assert choose_degree("auto", [12], 24, 8) == 4  # 6 and 12 divide ranks and experts, but 6 would straddle nodes
+    assert choose_degree(16, [16], 32, 8) == 16
+    with pytest.raises(UserError, match=r"expert_parallel \(6\) would cut .* nodes of 8 ranks; use 1, 2, 4, 8, or a"):
+        choose_degree(6, [12], 24, 8)
+
+
 def test_our_configs_hold_what_deepspeed_alone_knows():
     assert {f"zero{stage}" for stage in range(4)} < {path.stem for path in CONFIGS}
     for path in CONFIGS:
