@@ -92,10 +92,11 @@ class _InTurn(torch.autograd.Function):
                 grad_weights_r += grad_rD @ down.bias_eO[e]
             _write_gradient(grad_down, active_rF.detach(), grad_rD.mul_(weights_r[:, None]), e)
             grads_rF = torch.autograd.grad(active_rF, hidden_rF, grad_rF.mul_(weights_r[:, None]))
-            grad_x_rD = torch.zeros_like(x_rD)
+            grad_x_rD: Any = None
             for layer, grad_layer, grad_rF in zip(readers, grad_readers, grads_rF, strict=True):
                 _write_gradient(grad_layer, x_rD, grad_rF, e)
-                grad_x_rD.addmm_(grad_rF, layer.weight_eIO[e].T)
+                back_FD = layer.weight_eIO[e].T
+                grad_x_rD = grad_rF @ back_FD if grad_x_rD is None else grad_x_rD.addmm_(grad_rF, back_FD)
             grad_x_SD.index_add_(0, tokens_r, grad_x_rD)
         return None, None, grad_x_SD, None, grad_weights_R, *grad_flat
 
