@@ -46,20 +46,23 @@ def run_in_turn(x_SD: Tensor, rows: Rows, activate: Activate, inputs: Sequence[L
 
 
 class _InTurn(torch.autograd.Function):
-    """`flat`: weight and bias, or None, of each layer that reads the tokens, and of down."""
+    """`flat`: weight and bias, or None, of each layer that reads the tokens, and of down.
+
+    For few rows the calls themselves count: `index_select` is the short way to rows, one `unbind` that to matrices.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, activate: Activate, counts: list[int], x_SD: Tensor, tokens_R: Tensor, weights_R: Tensor, *flat: Any
     ) -> Tensor:
-        *readers, down = _pairs(flat)
+        *readers, down = _stacks(flat)
         out_SD = torch.zeros_like(x_SD)
         hidden: list[Tensor] = []
         for e, (tokens_r, weights_r) in enumerate(zip(tokens_R.split(counts), weights_R.split(counts), strict=True)):
-            if len(tokens_r):
-                x_rD = x_SD[tokens_r]
-                hidden_rF = [_linear(x_rD, layer, e) for layer in readers]
-                out_rD = _linear(activate(*hidden_rF), down, e)
+            if counts[e]:
+                x_rD = x_SD.index_select(0, tokens_r)
+                hidden_rF = [stack.apply(x_rD, e) for stack in readers]
+                out_rD = down.apply(activate(*hidden_rF), e)
                 out_SD.index_add_(0, tokens_r, out_rD.mul_(weights_r[:, None]))
                 hidden += hidden_rF
         ctx.activate, ctx.counts, ctx.tensors = activate, counts, len(flat)
@@ -71,50 +74,63 @@ class _InTurn(torch.autograd.Function):
         x_SD, tokens_R, weights_R, *rest = ctx.saved_tensors
         flat, hidden = rest[: ctx.tensors], iter(rest[ctx.tensors :])
         grad_flat = [None if tensor is None else torch.empty_like(tensor) for tensor in flat]
-        *readers, down = _pairs(flat)
-        *grad_readers, grad_down = _pairs(grad_flat)
+        *readers, down = _stacks(flat)
+        *grad_readers, grad_down = _stacks(grad_flat)
         grad_x_SD, grad_weights_R = torch.zeros_like(x_SD), torch.empty_like(weights_R)
         split = (tensor.split(ctx.counts) for tensor in (tokens_R, weights_R, grad_weights_R))
         for e, (tokens_r, weights_r, grad_weights_r) in enumerate(zip(*split, strict=True)):
-            if not len(tokens_r):
-                for gradient in grad_flat:
-                    if gradient is not None:
-                        gradient[e].zero_()
+            if not ctx.counts[e]:
+                for stack in (*grad_readers, grad_down):
+                    stack.clear(e)
                 continue
-            x_rD, grad_rD = x_SD[tokens_r], grad_SD[tokens_r]
+            x_rD, grad_rD = x_SD.index_select(0, tokens_r), grad_SD.index_select(0, tokens_r)
             hidden_rF = [next(hidden).detach().requires_grad_() for _ in readers]
             with torch.enable_grad():
                 active_rF = ctx.activate(*hidden_rF)
             # the gradient of the activation but for the row's weight, whose own gradient needs it
-            grad_rF = torch.mm(grad_rD, down.weight_eIO[e].T)
+            grad_rF = torch.mm(grad_rD, down.turned_OI[e])
             torch.linalg.vecdot(active_rF.detach(), grad_rF, out=grad_weights_r)
-            if down.bias_eO is not None:
-                grad_weights_r += grad_rD @ down.bias_eO[e]
-            _write_gradient(grad_down, active_rF.detach(), grad_rD.mul_(weights_r[:, None]), e)
+            if down.bias_O is not None:
+                grad_weights_r += grad_rD @ down.bias_O[e]
+            grad_down.take(active_rF.detach(), grad_rD.mul_(weights_r[:, None]), e)
             grads_rF = torch.autograd.grad(active_rF, hidden_rF, grad_rF.mul_(weights_r[:, None]))
             grad_x_rD: Any = None
-            for layer, grad_layer, grad_rF in zip(readers, grad_readers, grads_rF, strict=True):
-                _write_gradient(grad_layer, x_rD, grad_rF, e)
-                back_FD = layer.weight_eIO[e].T
+            for stack, grad_stack, grad_rF in zip(readers, grad_readers, grads_rF, strict=True):
+                grad_stack.take(x_rD, grad_rF, e)
+                back_FD = stack.turned_OI[e]
                 grad_x_rD = grad_rF @ back_FD if grad_x_rD is None else grad_x_rD.addmm_(grad_rF, back_FD)
             grad_x_SD.index_add_(0, tokens_r, grad_x_rD)
         return None, None, grad_x_SD, None, grad_weights_R, *grad_flat
 
 
-def _pairs(flat: Sequence[Any]) -> list[Layer]:
-    return [Layer(weight, bias) for weight, bias in zip(flat[::2], flat[1::2], strict=True)]
+class _Stack:
+    """A layer's matrices one by one, as views, and its biases; or the gradients of both."""
+
+    def __init__(self, weight_eIO: Tensor, bias_eO: Tensor | None):
+        self.weight_IO, self.turned_OI = weight_eIO.unbind(), weight_eIO.mT.unbind()
+        self.bias_O = None if bias_eO is None else bias_eO.unbind()
+
+    def apply(self, x_rI: Tensor, e: int) -> Tensor:
+        """What expert e gives for its rows."""
+        if self.bias_O is None:
+            return torch.mm(x_rI, self.weight_IO[e])
+        return torch.addmm(self.bias_O[e], x_rI, self.weight_IO[e])
+
+    def take(self, x_rI: Tensor, grad_rO: Tensor, e: int) -> None:
+        """Write the gradients of expert e."""
+        torch.mm(x_rI.T, grad_rO, out=self.weight_IO[e])
+        if self.bias_O is not None:
+            torch.sum(grad_rO, 0, out=self.bias_O[e])
+
+    def clear(self, e: int) -> None:
+        """Write zeros for expert e."""
+        self.weight_IO[e].zero_()
+        if self.bias_O is not None:
+            self.bias_O[e].zero_()
 
 
-def _linear(x_rI: Tensor, layer: Layer, e: int) -> Tensor:
-    weight_IO = layer.weight_eIO[e]
-    return torch.mm(x_rI, weight_IO) if layer.bias_eO is None else torch.addmm(layer.bias_eO[e], x_rI, weight_IO)
-
-
-def _write_gradient(gradient: Layer, x_rI: Tensor, grad_rO: Tensor, e: int) -> None:
-    """Write the gradients of one expert's matrix and bias."""
-    torch.mm(x_rI.T, grad_rO, out=gradient.weight_eIO[e])
-    if gradient.bias_eO is not None:
-        torch.sum(grad_rO, 0, out=gradient.bias_eO[e])
+def _stacks(flat: Sequence[Any]) -> list[_Stack]:
+    return [_Stack(weight, bias) for weight, bias in zip(flat[::2], flat[1::2], strict=True)]
 
 
 # --- all experts at once ------------------------------------------------------------------------------------------
