@@ -4,7 +4,6 @@ from typing import Any
 
 from torch import nn
 
-
 PER_OUTPUT = ("bias", "scale")
 """Names of parameters with a number per output, which are matrices where experts are stacked."""
 
@@ -13,8 +12,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     """Optimizer groups `decay` and `no_decay` over the trainable parameters, in the model's order.
 
     Weight decay is for matrices that multiply activations. Look-up tables (token embedding, learned positions), gains,
-    scales and biases are left alone, whatever their shape: they are told by their module, not by their number of dimensions.
-    A table shared with the output head counts as a table.
+    scales and biases are left alone, whatever their shape: they are told by their module or name, not by their number
+    of dimensions. A table shared with the output head counts as a table.
     """
     groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": []}
     seen: set[nn.Parameter] = set()
