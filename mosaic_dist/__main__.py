@@ -1,14 +1,16 @@
 """`python -m mosaic_dist COMMAND`: what is done with a run after training."""
 
-import json
 from collections.abc import Callable
+from json import dumps
 from pathlib import Path
 from typing import Any, Literal
 
-from mosaic_dist.checkpoint import Checkpoint, newest
 from mosaic_dist.cli import run_subcommand
 from mosaic_dist.convert import export_checkpoint, load_exported, parse_size, write_model
+from mosaic_dist.convert.facts import describe, render
 from mosaic_dist.convert.hugging_face import export_folder, how_to_load, import_folder
+from mosaic_dist.convert.locate import RUN_YAML, choose_checkpoint, locate
+from mosaic_dist.convert.verify import verify as verify_all
 from mosaic_dist.convert.weights import CheckpointTensors
 from mosaic_dist.data.arithmetic import read_rows
 from mosaic_dist.data.tokenizer import Tokenizer
@@ -23,8 +25,9 @@ from mosaic_dist.spec import Fraction, NonNegative, NonNegativeFloat, Positive, 
 
 
 def export(
-    run: str,
     output: str,
+    run: str | None = None,
+    checkpoint: str | None = None,
     step: Positive | None = None,
     format: Literal["native", "hf"] = "native",
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32",
@@ -33,35 +36,63 @@ def export(
 ) -> None:
     """Write a run's weights as safetensors, with configuration and tokenizer.
 
-    Reads the sharded checkpoint of any cluster shape, on one machine, without DeepSpeed or a GPU.
+    Reads the sharded checkpoint of any cluster shape, on one machine, without DeepSpeed or a GPU. Give --run, or
+    --checkpoint, or both where the checkpoint lies elsewhere.
 
-    --run DIR             the run folder
     --output DIR          the exported model; must not exist yet
-    --step N              a checkpoint other than the newest
+    --run DIR             the run folder
+    --checkpoint DIR      one checkpoint folder; its run's run.yaml is two levels above
+    --step N              of --run: a checkpoint other than the newest
     --format NAME         native, or hf: a folder that transformers' AutoModelForCausalLM loads
     --dtype TYPE          fp32 (as trained), bf16 or fp16
     --max_shard_size SIZE where to cut into several files, as 5GB or 500MB
     --ternary FORM        float, or packed: ternary matrices in 1.6 bits per weight, for native only
     """
-    folder = Path(run)
-    if not (folder / "run.yaml").exists():
-        raise UserError(f"{folder} is no run folder (run.yaml is missing)")
-    described = Run.from_yaml((folder / "run.yaml").read_text())
-    checkpoints = folder / "checkpoints"
-    checkpoint = newest(checkpoints) if step is None else Checkpoint.open(checkpoints / f"step_{step:08d}")
-    if checkpoint is None:
-        raise UserError(f"{folder} has no checkpoint yet; train until checkpoint.every_steps, or use --stop_at_step")
+    folder, chosen = choose_checkpoint(run, checkpoint, step)
+    described = Run.from_yaml((folder / RUN_YAML).read_text())
     tokenizer = folder / "tokenizer.json"
     size = parse_size(max_shard_size)
     if format == "hf":
         if ternary != "float":
             raise UserError(f"--ternary {ternary} is for --format native; transformers cannot read packed matrices")
-        path = export_folder(described.model, CheckpointTensors(checkpoint), output, dtype, tokenizer, size)
+        path = export_folder(described.model, CheckpointTensors(chosen), output, dtype, tokenizer, size)
     else:
-        path = export_checkpoint(checkpoint, described.model, described.name, tokenizer, output, dtype, size, ternary)
-    print(f"exported step {checkpoint.step} of {described.name} to {path}")
+        path = export_checkpoint(chosen, described.model, described.name, tokenizer, output, dtype, size, ternary)
+    print(f"exported step {chosen.step} of {described.name} to {path}")
     if format == "hf":
         print(how_to_load(path))
+
+
+def inspect(*folder: str, json: bool = False) -> None:
+    """Tell what is in a run, its checkpoints, one of them, or an exported model.
+
+    `inspect DIR`: steps, tokens, times, the layout that wrote it, sizes by kind, the largest tensors, the position in
+    the data. Reads descriptions and headers only.
+
+    --json                for programs
+    """
+    facts = describe(locate(_only(folder)))
+    print(dumps(facts, indent=2) if json else render(facts))
+
+
+def verify(*folder: str, threads: Positive = 4) -> None:
+    """Read every byte of a run's checkpoints, one of them, or an exported model; fail if any is not as written.
+
+    `verify DIR` ends with exit code 0 only if all is whole: sizes, checksums, every element of every tensor, and the
+    tensors of the run's model. A damaged file is named, with what is wrong and which other checkpoint is good.
+
+    --threads N           files that are read at once
+    """
+    found = locate(_only(folder))
+    model = None if found.run is None else Run.from_yaml((found.run / RUN_YAML).read_text()).model
+    for path in verify_all(found, model, threads):
+        print(f"whole: {path}")
+
+
+def _only(words: tuple[str, ...]) -> str:
+    if len(words) != 1:
+        raise UserError(f"give one folder, not {len(words)}: {' '.join(map(str, words))}")
+    return str(words[0])
 
 
 def import_model(
@@ -149,9 +180,9 @@ def evaluate(
     for answer in answers[:samples]:
         verdict = "right" if answer.given == answer.target else f"wrong, it is {answer.target}"
         print(f"  {answer.prompt}{answer.given}  ({verdict})")
-    print(json.dumps(figures, indent=2))
+    print(dumps(figures, indent=2))
     if json_output is not None:
-        write_atomic(json_output, json.dumps(figures, indent=2) + "\n")
+        write_atomic(json_output, dumps(figures, indent=2) + "\n")
 
 
 def recipes(folder: str = "recipes") -> None:
@@ -169,6 +200,8 @@ def main() -> None:
         "import": import_model,
         "generate": generate,
         "evaluate": evaluate,
+        "inspect": inspect,
+        "verify": verify,
         "recipes": recipes,
     }
     run_subcommand(commands, "python -m mosaic_dist")

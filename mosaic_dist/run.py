@@ -32,9 +32,10 @@ from mosaic_dist.parallel import (
     size_from_environment,
 )
 from mosaic_dist.run_spec import Run
-from mosaic_dist.spec import Positive, at, leaves, override
+from mosaic_dist.spec import Positive, PositiveFloat, at, leaves, override
 from mosaic_dist.train.folder import RunFolder
 from mosaic_dist.train.initial import open_initial
+from mosaic_dist.train.interruption import INTERRUPTED_EXIT_CODE, Deadline, StopSignals
 from mosaic_dist.train.session import train_run
 
 
@@ -124,16 +125,18 @@ def main(run: Run) -> None:
         data: str | None = None,
         expert_parallel: Positive | Literal["auto"] | None = None,
         stop_at_step: Positive | None = None,
+        max_minutes: PositiveFloat | None = None,
         dry_run: bool = False,
         local_rank: int | None = None,  # the deepspeed launcher's own word; the environment says the same
         **overrides: Any,
     ) -> None:
         short = {"data.path": data, "parallel.expert_parallel": expert_parallel}
         changed = override(run, overrides | {path: value for path, value in short.items() if value is not None})
-        start(changed, ds_config, output or f"runs/{changed.name}", stop_at_step, dry_run)
+        if start(changed, ds_config, output or f"runs/{changed.name}", stop_at_step, max_minutes, dry_run):
+            sys.exit(INTERRUPTED_EXIT_CODE)
 
     fields = "\n".join(f"  --{path:<40} {value}" for path, value in leaves(run))
-    recipe.__doc__ = RECIPE_HELP.format(name=run.name, fields=fields)
+    recipe.__doc__ = RECIPE_HELP.format(name=run.name, fields=fields, interrupted=INTERRUPTED_EXIT_CODE)
     run_command(recipe, f"deepspeed {Path(sys.argv[0]).name}", is_speaker=_is_first_of_node())
 
 
@@ -154,19 +157,37 @@ def main_from_yaml() -> None:
     main(run)
 
 
-def start(run: Run, ds_config: str | None, output: str, stop_at_step: int | None, dry_run: bool) -> None:
-    """Resolve and check a run, then train it in the folder `output`, or only print it. UserError for what is wrong."""
+def start(
+    run: Run, ds_config: str | None, output: str, stop_at_step: int | None, max_minutes: float | None, dry_run: bool
+) -> bool:
+    """Resolve and check a run, then train it in the folder `output`, or only print it. UserError for what is wrong.
+
+    Returns whether a signal or the clock stopped it, so that another start is wanted.
+    """
+    deadline = Deadline(max_minutes)
     resolved = resolve(run, ds_config, size_from_environment(), local_size_from_environment())
     if dry_run:
         if rank_from_environment() == 0:
             print(describe(resolved))
-        return
+        return False
+    signals = StopSignals()
     info = check_data(run)
     initial = open_initial(run, info, RunFolder(output).checkpoints)
     with _world(run.parallel.timeout_seconds) as world:
-        train_run(
-            run, info, resolved.config, resolved.expert_parallel, resolved.counts, output, stop_at_step, world, initial
+        trainer = train_run(
+            run,
+            info,
+            resolved.config,
+            resolved.expert_parallel,
+            resolved.counts,
+            output,
+            stop_at_step,
+            world,
+            initial,
+            deadline,
+            signals,
         )
+    return not trainer.has_arrived
 
 
 RECIPE_HELP = """Train the run {name!r}.
@@ -180,7 +201,11 @@ already is continued from its newest checkpoint.
   --initial_model DIR   start from the weights of an exported model, or of a Hugging Face folder
   --expert_parallel N   ranks that share the experts of a layer; "auto" by default
   --stop_at_step N      save a checkpoint and stop there; start again to go on
+  --max_minutes N       save and stop in time for the whole start to take at most N minutes
   --dry_run             print the resolved run and its parameter counts, and stop
+
+SIGTERM or SIGUSR1 to any process of the run makes all of them save at the end of the step and stop. A run that was
+stopped so, or by --max_minutes, ends with exit code {interrupted}: start it again.
 
 Any field of the run is changed by its path, and the name of another kind swaps a part (--model.norm layernorm).
 A path through the list of blocks means all of them, blocks[0] or blocks.0 one. The fields and their values here:

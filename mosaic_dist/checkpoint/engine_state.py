@@ -1,5 +1,6 @@
 """Between an engine and the store: what a run's state consists of, in pieces that any cluster shape can read."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mosaic_dist.checkpoint import Checkpoint, CheckpointError, Piece, save
+from mosaic_dist.checkpoint.store import State
 from mosaic_dist.parallel import Engine
 from mosaic_dist.parallel.state import (
     buffers,
@@ -32,10 +34,10 @@ def global_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
     return parameters | {name: tuple(buffer.shape) for name, buffer in buffers(engine).items()}
 
 
-def save_engine(root: Path, step: int, engine: Engine, state: dict[str, Any]) -> Path:
-    """Write the weights, optimizer states, counters and generators of all ranks, and `state` (JSON values).
+def engine_state(engine: Engine, state: dict[str, Any]) -> State:
+    """The weights, optimizer states, counters and generators of this rank, and `state` (JSON values), to be saved.
 
-    Every rank must call. Returns the checkpoint's folder. Raises on all ranks what went wrong on one.
+    The pieces are views of what the engine trains; everything else is a copy.
     """
     pieces = []
     for shard in shards(engine):
@@ -46,9 +48,16 @@ def save_engine(root: Path, step: int, engine: Engine, state: dict[str, Any]) ->
                 pieces.append(Piece(shard.name, kind, shard.start, values))
     if engine.world.is_main:
         pieces += [Piece(name, BUFFER, 0, buffer.flatten()) for name, buffer in buffers(engine).items()]
-    shapes = global_shapes(engine)
-    full_state = state | {"optimizer_step": optimizer_step_count(engine), "engine": counters(engine)}
-    return save(root, step, pieces, shapes, full_state, generator_states())
+    full_state = copy.deepcopy(state) | {"optimizer_step": optimizer_step_count(engine), "engine": counters(engine)}
+    return State(pieces, global_shapes(engine), full_state, generator_states())
+
+
+def save_engine(root: Path, step: int, engine: Engine, state: dict[str, Any]) -> Path:
+    """Write `engine_state` of all ranks. Every rank must call.
+
+    Returns the checkpoint's folder. Raises on all ranks what went wrong on one.
+    """
+    return save(root, step, *engine_state(engine, state))
 
 
 def load_engine(checkpoint: Checkpoint, engine: Engine) -> None:

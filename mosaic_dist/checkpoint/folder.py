@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Collection
 from pathlib import Path
 
+from mosaic_dist.checkpoint.foreign import refuse_foreign
 from mosaic_dist.checkpoint.pieces import CheckpointError
 from mosaic_dist.checkpoint.reader import Checkpoint
 from mosaic_dist.files import remove_directory, sync_directory
@@ -50,7 +51,8 @@ def sweep(root: Path) -> None:
 def candidates(root: str | Path) -> dict[int, Path]:
     """Folders that claim to be checkpoints, whole or broken, by ascending step; empty if `root` does not exist.
 
-    For those who verify every byte before they choose. A retired one is among them only where its name is free.
+    For those who verify every byte before they choose. A retired one is among them only where its name is free. Raises
+    CheckpointError where there are only another format's checkpoints: a run must not start over beside them.
     """
     root = Path(root)
     found = {}
@@ -59,6 +61,8 @@ def candidates(root: str | Path) -> dict[int, Path]:
             found[int(name[1])] = path
         elif (retired := _RETIRED.fullmatch(path.name)) and not (root / retired[1]).exists():
             found[int(retired[1].removeprefix("step_"))] = path
+    if not found:
+        refuse_foreign(root)
     return dict(sorted(found.items()))
 
 
@@ -88,17 +92,19 @@ def newest(root: str | Path) -> Checkpoint | None:
     return None
 
 
-def prune(root: str | Path, keep_last: int, protected: Collection[int] = ()) -> list[int]:
+def prune(root: str | Path, keep_last: int, protected: Collection[int] = (), keep_every: int = 0) -> list[int]:
     """Delete all checkpoints, whole or broken, that are older than the newest `keep_last` whole ones; returns them.
 
-    Steps that are `protected` stay, and do not count among the last.
+    Steps that are `protected`, and multiples of `keep_every` (0: none), stay and do not count among the last.
     One process at a time. A crash in the middle leaves no half of a checkpoint under its name. Broken ones newer than
     that stay for a look. Raises ValueError if `keep_last` is below 1.
     """
     if keep_last < 1:
         raise ValueError(f"keep_last ({keep_last}) must be at least 1")
-    kept = [step for step in steps(root) if step not in protected][-keep_last:]
-    doomed = {s: path for s, path in candidates(root).items() if kept and s < kept[0] and s not in protected}
+    found = candidates(root)
+    mortal = [step for step in found if step not in protected and (not keep_every or step % keep_every)]
+    kept = [step for step in mortal if isinstance(_try_open(step, found[step]), Checkpoint)][-keep_last:]
+    doomed = {step: found[step] for step in mortal if kept and step < kept[0]}
     for path in doomed.values():
         remove_directory(path)
     return list(doomed)

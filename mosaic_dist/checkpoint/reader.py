@@ -107,13 +107,17 @@ class Checkpoint:
         Raises CheckpointError naming the first file that is not what was written.
         """
         for index in range(rank, self.world_size, world_size):
-            path, written = self.directory / rank_file_name(index), self.manifest["files"][index]["xxh3_128"]
-            try:
-                found = checksum(path)
-            except OSError as error:
-                raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-            if found != written:
-                raise CheckpointError(f"{path} is damaged: its xxh3-128 is {found}, and {written} was written")
+            self.verify_file(index)
+
+    def verify_file(self, index: int) -> None:
+        """Hash one rank's file. Raises CheckpointError if it is not what was written; threads may call at once."""
+        path, written = self.directory / rank_file_name(index), self.manifest["files"][index]["xxh3_128"]
+        try:
+            found = checksum(path)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        if found != written:
+            raise CheckpointError(f"{path} is damaged: its xxh3-128 is {found}, and {written} was written")
 
     # --- blocks ---------------------------------------------------------------------------------------------------
 

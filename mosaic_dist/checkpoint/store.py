@@ -36,6 +36,15 @@ RANK_STATE = "rank_state"
 T = TypeVar("T")
 
 
+class State(NamedTuple):
+    """What a rank hands over to `save`, which tells more."""
+
+    pieces: Sequence[Piece]
+    shapes: Mapping[str, tuple[int, ...]]
+    state: Mapping[str, Any]
+    rank_state: Mapping[str, Tensor]
+
+
 class _Plan(NamedTuple):
     """What a rank is going to write."""
 

@@ -17,11 +17,11 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from tqdm import tqdm
 
 from mosaic_dist.checkpoint import Checkpoint
-from mosaic_dist.convert.packed import freeze, pack, ternary_weights, unpack
-from mosaic_dist.convert.weights import DTYPES, CheckpointTensors, parameter_cast, write_weights
+from mosaic_dist.convert.packed import freeze, pack, plan, ternary_weights, unpack
+from mosaic_dist.convert.weights import DTYPES, CheckpointTensors, parameter_cast
+from mosaic_dist.convert.writing import CHECKSUMS, write_checksums, write_weights
 from mosaic_dist.errors import UserError
 from mosaic_dist.files import checksum, publish_directory, write_atomic
 from mosaic_dist.model import Transformer, TransformerModel, materialize
@@ -53,10 +53,10 @@ def export_checkpoint(
     """Write a checkpoint's weights as an exported model, without ranks, DeepSpeed or a GPU.
 
     Every tensor that `model` expects must be in the checkpoint with its shape, and none besides. Memory is bounded by
-    `max_shard_bytes`, or the largest tensor. The folder appears when it is whole; UserError if it exists.
+    two of the largest tensors. The folder appears when it is whole; UserError if it exists.
     """
     expected = expected_shapes(model)
-    _check_complete(expected, {key: tuple(shape) for key, shape in checkpoint.shapes.items()})
+    check_complete(expected, {key: tuple(shape) for key, shape in checkpoint.shapes.items()})
     tensors = CheckpointTensors(checkpoint)
     facts = {"run": name, "step": checkpoint.step}
     named = ((key, tensors[key]) for key in expected)
@@ -82,12 +82,12 @@ def write_model(
     output = Path(output)
     if output.exists():
         raise UserError(f"{output} exists already; remove it, or choose another --output")
+    planned = planned_tensors(model, dtype, ternary)
     packed = ternary_weights(_on_meta(model)) if ternary == "packed" else {}
     aside = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    shown = tqdm(tensors, unit=" tensors", desc="writing", disable=None)
-    write_weights(aside, pack(shown, packed, parameter_cast(model, DTYPES[dtype])), max_shard_bytes)
+    write_weights(aside, planned, pack(tensors, packed, parameter_cast(model, DTYPES[dtype])), max_shard_bytes)
     config = {
         "model_type": "mosaic_dist",
         "format_version": FORMAT_VERSION,
@@ -98,15 +98,26 @@ def write_model(
     write_atomic(aside / "config.json", json.dumps(config | {"model": model.to_dict()}, indent=2) + "\n")
     if tokenizer is not None:
         shutil.copyfile(tokenizer, aside / "tokenizer.json")
-    sums = {file.name: {"bytes": file.stat().st_size, "xxh3_128": checksum(file)} for file in sorted(aside.iterdir())}
-    write_atomic(aside / "checksums.json", json.dumps(sums, indent=2) + "\n")
+    write_checksums(aside)
     publish_directory(aside, output)
     return output
 
 
+def planned_tensors(model: Transformer, dtype: str, ternary: Ternary) -> list[tuple[str, Tensor]]:
+    """What an exported model holds, without data: names, shapes and dtypes. UserError if nothing can be packed."""
+    on_meta = _on_meta(model)
+    packed = ternary_weights(on_meta) if ternary == "packed" else {}
+    return list(plan(_named_tensors(on_meta).items(), packed, parameter_cast(model, DTYPES[dtype])))
+
+
+def expected_tensors(model: Transformer) -> dict[str, Tensor]:
+    """Every parameter and buffer of a model, without data (on the meta device); a shared one under its first name."""
+    return _named_tensors(_on_meta(model))
+
+
 def expected_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter and buffer of a model; a shared one once, under its first name."""
-    return {name: tuple(tensor.shape) for name, tensor in _named_tensors(_on_meta(model)).items()}
+    return {name: tuple(tensor.shape) for name, tensor in expected_tensors(model).items()}
 
 
 def _on_meta(model: Transformer) -> TransformerModel:
@@ -118,7 +129,8 @@ def _named_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
-def _check_complete(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
+def check_complete(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
+    """UserError unless the weights `found` are the model's, each in its shape, and none besides."""
     missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing or extra:
         raise UserError(
@@ -135,9 +147,9 @@ def load_exported(path: str | Path) -> TransformerModel:
     Raises UserError for a folder that is no export, is damaged, or whose tensors are not its model's.
     """
     path = Path(path)
-    if not (path / "config.json").exists() or not (path / "checksums.json").exists():
+    if not (path / "config.json").exists() or not (path / CHECKSUMS).exists():
         raise UserError(f"{path} is no exported model (config.json is missing); make one with `mosaic_dist export`")
-    for file, facts in json.loads((path / "checksums.json").read_text()).items():
+    for file, facts in json.loads((path / CHECKSUMS).read_text()).items():
         if not (path / file).exists() or checksum(path / file) != facts["xxh3_128"]:
             raise UserError(f"{path / file} is missing or damaged: its checksum is not the one written at export")
     config = json.loads((path / "config.json").read_text())
@@ -158,7 +170,7 @@ def load_exported(path: str | Path) -> TransformerModel:
             seen[name] = tuple(tensor.shape)
             if name in parameters and parameters[name].shape == tensor.shape:
                 parameters[name].copy_(tensor)
-    _check_complete({name: tuple(parameter.shape) for name, parameter in parameters.items()}, seen)
+    check_complete({name: tuple(parameter.shape) for name, parameter in parameters.items()}, seen)
     return model.eval()
 
 

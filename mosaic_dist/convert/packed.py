@@ -8,6 +8,7 @@ tensors. They cannot be turned back into weights that round to them: the mean of
 soon as one value is 0. So the layers of a model that is read from such a file are frozen: they take weights as is.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from mosaic_dist.errors import UserError
 from mosaic_dist.model.ternary import (
+    WEIGHTS_PER_BYTE,
     TernaryGroupedLinear,
     TernaryLinear,
     effective_weight,
@@ -74,6 +76,21 @@ def pack(
             values, scale = ternary(tensor.float())
             yield f"{name}.{PACKED}", pack_ternary(values)
             yield f"{name}.{SCALE}", scale
+        else:
+            yield name, cast(name, tensor)
+        del tensor  # before the next one is read
+
+
+def plan(
+    tensors: Iterable[tuple[str, Tensor]], names: Iterable[str], cast: Callable[[str, Tensor], Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """What `pack` gives, of tensors without data (on the meta device): names, shapes and dtypes."""
+    names = set(names)
+    for name, tensor in tensors:
+        if name in names:
+            size = math.ceil(tensor.numel() / WEIGHTS_PER_BYTE)
+            yield f"{name}.{PACKED}", torch.empty(size, dtype=torch.uint8, device="meta")
+            yield f"{name}.{SCALE}", torch.empty(tensor.shape[:-2], dtype=torch.float32, device="meta")
         else:
             yield name, cast(name, tensor)
 

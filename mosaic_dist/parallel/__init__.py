@@ -21,6 +21,7 @@ from mosaic_dist.parallel.world import (
     on_main,
     rank_from_environment,
     size_from_environment,
+    some_rank_failed,
 )
 
 __all__ = [
@@ -43,5 +44,6 @@ __all__ = [
     "read_config",
     "resolve_precision",
     "size_from_environment",
+    "some_rank_failed",
     "zero_stage",
 ]

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import deepspeed
@@ -47,6 +47,8 @@ class StepResult:
     """Choices per expert over the global batch, [layers, E] int64 on CPU."""
     router: Tensor
     """`ROUTER_MEASURES` of each layer with experts, means over the global batch, [layers, measures] on CPU."""
+    votes: tuple[bool, ...] = ()
+    """For each answer that the ranks gave beside their losses: whether any of them said yes."""
 
 
 class Engine:
@@ -101,13 +103,19 @@ class Engine:
         return self.deepspeed.module
 
     def train_step(
-        self, inputs_BT: Tensor, targets_BT: Tensor, learning_rate: float, documents_BT: Tensor | None = None
+        self,
+        inputs_BT: Tensor,
+        targets_BT: Tensor,
+        learning_rate: float,
+        documents_BT: Tensor | None = None,
+        vote: Callable[[], Sequence[bool]] = tuple,
     ) -> StepResult:
         """Forward and backward over this rank's sequences in `accumulation` micro-batches, then one update.
 
         inputs_BT, targets_BT, documents_BT (see `TransformerModel.forward`) int64, of the same shape on every rank. The
         gradient is that of the mean cross-entropy over all scored tokens of the global batch plus the mean of the
-        auxiliary losses. Every rank must call.
+        auxiliary losses. `vote` is asked once, after the update, for as many answers on each rank; they travel with the
+        losses. Every rank must call.
         """
         device = self.world.device
         scored = (targets_BT != IGNORE_INDEX).sum().to(device)
@@ -123,7 +131,7 @@ class Engine:
             if len(parts) < self.accumulation:
                 self.deepspeed.step()  # counts the micro-batch; the update comes with the last one
         grad_norm, skipped = self._update(learning_rate)
-        result = self._summarize(parts, scored, grad_norm, skipped)
+        result = self._summarize(parts, scored, grad_norm, skipped, vote())
         for layer, load_E in zip(self.mixtures, result.expert_load, strict=True):
             layer.end_step(None if skipped else load_E[: layer.spec.experts].to(device))
         return result
@@ -170,9 +178,12 @@ class Engine:
                 gradient.mul_(factor.clamp(max=1.0))
         return norm.item()
 
-    def _summarize(self, parts: list[LossParts], scored: Tensor, grad_norm: float, skipped: bool) -> StepResult:
-        """Add the losses of all micro-batches and ranks up."""
-        sums = torch.stack([torch.stack([p.cross_entropy_sum, p.auxiliary]) for p in parts]).double().sum(0)
+    def _summarize(
+        self, parts: list[LossParts], scored: Tensor, grad_norm: float, skipped: bool, answers: Sequence[bool]
+    ) -> StepResult:
+        """Add the losses of all micro-batches and ranks up, and count who said yes."""
+        losses = torch.stack([torch.stack([p.cross_entropy_sum, p.auxiliary]) for p in parts]).double().sum(0)
+        sums = torch.cat([losses, torch.tensor(answers, dtype=losses.dtype, device=losses.device)])
         load = torch.stack([p.expert_load for p in parts]).sum(0)
         router = torch.stack([p.router for p in parts]).mean(0) / self.world.size
         dist.all_reduce(sums)
@@ -180,7 +191,7 @@ class Engine:
             dist.all_reduce(load)
             dist.all_reduce(router)
         tokens = int(scored.item())
-        cross_entropy, auxiliary = sums.tolist()
+        cross_entropy, auxiliary, *votes = sums.tolist()
         return StepResult(
             loss=cross_entropy / max(1, tokens),
             auxiliary_loss=auxiliary / (self.accumulation * self.world.size),
@@ -189,6 +200,7 @@ class Engine:
             skipped=skipped,
             expert_load=load.cpu(),
             router=router.cpu(),
+            votes=tuple(count > 0 for count in votes),
         )
 
     @torch.no_grad()

@@ -122,12 +122,23 @@ def gather_problems(problem: str | None) -> list[str]:
     return [text for text in told if text is not None]
 
 
+FAILED_KEY = "mosaic_dist/failed"
+
+
 def is_first_to_fail() -> bool:
     """Whether no other rank has asked this before. False, too, where the others are already gone."""
     try:
-        return torch.distributed.distributed_c10d._get_default_store().add("mosaic_dist/failed", 1) == 1
+        return torch.distributed.distributed_c10d._get_default_store().add(FAILED_KEY, 1) == 1
     except Exception:  # the store went with the rank that failed first
         return False
+
+
+def some_rank_failed() -> bool:
+    """Whether a rank has asked `is_first_to_fail`, or the store went with it. Any thread may ask."""
+    try:
+        return torch.distributed.distributed_c10d._get_default_store().check([FAILED_KEY])
+    except Exception:  # before the processes have met there is no store either
+        return dist.is_initialized()
 
 
 def available_cores() -> int:

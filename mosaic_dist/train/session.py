@@ -1,22 +1,25 @@
 """One start of a run: claim the folder, continue or begin, train, leave everything in order."""
 
 import functools
-import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from mosaic_dist.checkpoint import Checkpoint, CheckpointError, candidates, prune
-from mosaic_dist.checkpoint.engine_state import load_engine, save_engine
+from mosaic_dist.checkpoint import Checkpoint, CheckpointError, candidates
+from mosaic_dist.checkpoint.engine_state import load_engine
 from mosaic_dist.data.dataset import DatasetInfo
 from mosaic_dist.data.stream import Loader, ValidationBatches
 from mosaic_dist.model import Counts, flops_per_token
-from mosaic_dist.parallel import Engine, StepResult, World, gather_problems, on_main
+from mosaic_dist.parallel import Engine, World, gather_problems, on_main
 from mosaic_dist.run_spec import Run
 from mosaic_dist.train.folder import RunFolder
 from mosaic_dist.train.initial import InitialWeights, fill, verify_together
+from mosaic_dist.train.interruption import Deadline, StopSignals
 from mosaic_dist.train.peak import peak_flops_per_second
 from mosaic_dist.train.reporting import Metrics, Plots, ProgressBar, Speed
+from mosaic_dist.train.saving import Saver
+from mosaic_dist.train.telling import say
 from mosaic_dist.train.trackers import make_trackers
 from mosaic_dist.train.trainer import Hook, NonfiniteGuard, Progress, Trainer, Validation
 
@@ -31,12 +34,16 @@ def train_run(
     stop_at_step: int | None,
     world: World,
     initial: InitialWeights | None = None,
+    deadline: Deadline | None = None,
+    signals: StopSignals | None = None,
 ) -> Trainer:
     """Train `run` in the folder `output`, from its newest checkpoint if it has one. Every rank calls.
 
     `config` is a filled DeepSpeed config and `degree` the expert-parallel degree. Where there is no checkpoint, the run
-    starts from `initial`, or from its seed.
+    starts from `initial`, or from its seed. It may end before its last step by the `deadline` of the main process or a
+    signal to any, and has saved then.
     """
+    deadline = deadline or Deadline(None)
     folder = RunFolder(output)
     if initial is not None:  # before the folder is claimed: a damaged file must leave nothing behind
         verify_together(initial, world)
@@ -59,11 +66,28 @@ def train_run(
     if trainer.is_ending:
         why = "was stopped early, by its validation loss" if trainer.progress.stopped_early else "is already there"
         say(world, f"nothing to do: the run {why}")
+        if signals is not None:
+            signals.settle()
         return trainer
     speed = Speed(flops_per_token(run.model, run.seq_len), peak)
-    trainer.train(make_hooks(trainer, folder, info, speed))
-    say(world, how_it_ended(trainer.progress) + f"; see {folder.path}")
+    trainer.reasons_to_stop = reasons_to_stop(world, deadline, signals)
+    saver = Saver(folder, deadline, trainer)
+    try:
+        trainer.train(make_hooks(trainer, folder, info, speed, saver))
+    finally:
+        saver.close()
+    if signals is not None:
+        signals.settle()
+    say(world, how_it_ended(trainer) + f"; see {folder.path}")
     return trainer
+
+
+def reasons_to_stop(world: World, deadline: Deadline, signals: StopSignals | None) -> dict[str, Callable[[], bool]]:
+    """What each rank is asked at the end of a step. The clock is the main process's alone."""
+    return {
+        "a signal": lambda: signals is not None and signals.received is not None,
+        "--max_minutes": lambda: world.is_main and deadline.is_up(),
+    }
 
 
 def engine_facts(engine: Engine, counts: Counts) -> dict[str, Any]:
@@ -77,13 +101,16 @@ def engine_facts(engine: Engine, counts: Counts) -> dict[str, Any]:
     }
 
 
-def how_it_ended(progress: Progress) -> str:
+def how_it_ended(trainer: Trainer) -> str:
     """Where this start of a run stopped, and why if it was early."""
-    done = f"done: step {progress.step}, {progress.tokens:,} tokens"
+    progress = trainer.progress
+    where = f"step {progress.step}, {progress.tokens:,} tokens"
+    if not trainer.has_arrived:
+        return f"stopped by {trainer.interrupted_by}: {where}, saved; start again to go on to step {trainer.until_step}"
     if not progress.stopped_early:
-        return done
+        return f"done: {where}"
     loss, step = progress.best[0]
-    return f"{done}, stopped early because the validation loss has not been below {loss:.4f} since step {step:.0f}"
+    return f"done: {where}, stopped early: the validation loss has not been below {loss:.4f} since step {step:.0f}"
 
 
 def begin(run: Run, info: DatasetInfo, engine: Engine, checkpoint: Checkpoint | None, until_step: int) -> Trainer:
@@ -106,7 +133,7 @@ def begin(run: Run, info: DatasetInfo, engine: Engine, checkpoint: Checkpoint | 
     return Trainer(run, engine, loader, progress, until_step)
 
 
-def make_hooks(trainer: Trainer, folder: RunFolder, info: DatasetInfo, speed: Speed) -> list[Hook]:
+def make_hooks(trainer: Trainer, folder: RunFolder, info: DatasetInfo, speed: Speed, saver: Saver) -> list[Hook]:
     """What happens after each step, in this order. The main process alone reports."""
     run, world, step = trainer.run, trainer.engine.world, trainer.progress.step
 
@@ -127,28 +154,10 @@ def make_hooks(trainer: Trainer, folder: RunFolder, info: DatasetInfo, speed: Sp
     if world.is_main:
         hooks.append(Metrics(folder, step, make_trackers(run, folder.path), speed))
         hooks.append(ProgressBar(run, step, trainer.until_step, speed))
-    hooks.append(Saver(folder))
+    hooks.append(saver)
     if world.is_main:
         hooks.append(Plots(folder))
     return hooks
-
-
-class Saver:
-    """Writes a checkpoint every so many steps, when this start of the run ends, and for one of the best losses."""
-
-    def __init__(self, folder: RunFolder):
-        self.folder = folder
-
-    def after_step(self, trainer: Trainer, result: StepResult) -> None:
-        """Save when due, then drop the oldest. Every rank takes part."""
-        policy, progress = trainer.run.checkpoint, trainer.progress
-        best = {int(step) for _, step in progress.best} if policy.keep_best else set()
-        is_best = trainer.validation_loss is not None and progress.step in best
-        if trainer.is_due(policy.every_steps) or is_best:
-            state = {"progress": vars(progress), "data": trainer.loader.state()}
-            save_engine(self.folder.checkpoints, progress.step, trainer.engine, state)
-            if trainer.engine.world.is_main:
-                prune(self.folder.checkpoints, policy.keep_last, best)
 
 
 def newest_good(folder: RunFolder, world: World) -> Checkpoint | None:
@@ -171,9 +180,3 @@ def newest_good(folder: RunFolder, world: World) -> Checkpoint | None:
     if found:
         raise CheckpointError(f"every checkpoint in {folder.checkpoints} is damaged; remove them to start afresh")
     return None
-
-
-def say(world: World, text: str) -> None:
-    """Tell people something, once."""
-    if world.is_main:
-        print(text, file=sys.stderr, flush=True)

@@ -1,15 +1,17 @@
 """The training loop."""
 
+import contextlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from mosaic_dist.data.stream import Loader, ValidationBatches
+from mosaic_dist.data.stream import Batch, Loader, ValidationBatches
 from mosaic_dist.errors import UserError
 from mosaic_dist.parallel import Engine, StepResult
 from mosaic_dist.run_spec import Run
+from mosaic_dist.train.interruption import shielded
 
 
 @dataclass
@@ -38,10 +40,19 @@ class Trainer:
         self.validation_loss: float | None = None
         self.validation_exact_match: float | None = None
         """Both of the step that was just done; None where they were not measured."""
+        self.reasons_to_stop: dict[str, Callable[[], bool]] = {}
+        """Asked on every rank at the end of each step; where any rank says yes, the step is the last one for all."""
+        self.interrupted_by: str | None = None
+        """The one of these reasons that holds."""
 
     @property
     def is_ending(self) -> bool:
         """Whether no further step will be taken."""
+        return self.has_arrived or self.interrupted_by is not None
+
+    @property
+    def has_arrived(self) -> bool:
+        """Whether this start of the run got to where it was to end."""
         return self.progress.step >= self.until_step or self.progress.stopped_early
 
     def is_due(self, every_steps: int) -> bool:
@@ -50,20 +61,32 @@ class Trainer:
 
     def train(self, hooks: Sequence["Hook"]) -> None:
         """Take steps until the end; after each, every hook has its turn, in order."""
-        batches = iter(self.loader)
-        while not self.is_ending:
-            started = time.perf_counter()
-            batch = next(batches)
-            self.data_seconds = time.perf_counter() - started
-            self.learning_rate = self.run.optimizer.learning_rate * self.run.schedule.factor(
-                self.progress.step, self.run.steps
-            )
-            result = self.engine.train_step(batch.inputs_BT, batch.targets_BT, self.learning_rate, batch.documents_BT)
-            self.progress.step += 1
-            self.progress.tokens += result.tokens
-            self.step_seconds = time.perf_counter() - started
-            for hook in hooks:
-                hook.after_step(self, result)
+        with contextlib.closing(shielded(self.loader)) as batches:
+            while not self.is_ending:
+                started = time.perf_counter()
+                batch = next(batches)
+                self.data_seconds = time.perf_counter() - started
+                result = self._step(batch)
+                self.step_seconds = time.perf_counter() - started
+                for hook in hooks:
+                    hook.after_step(self, result)
+
+    def _step(self, batch: Batch) -> StepResult:
+        """Update the weights, count, and learn from all ranks whether to go on."""
+        step = self.progress.step
+        self.learning_rate = self.run.optimizer.learning_rate * self.run.schedule.factor(step, self.run.steps)
+        result = self.engine.train_step(
+            batch.inputs_BT,
+            batch.targets_BT,
+            self.learning_rate,
+            batch.documents_BT,
+            lambda: [holds() for holds in self.reasons_to_stop.values()],
+        )
+        self.progress.step += 1
+        self.progress.tokens += result.tokens
+        told = zip(self.reasons_to_stop, result.votes, strict=True)
+        self.interrupted_by = next((reason for reason, holds in told if holds), None)
+        return result
 
 
 class Hook(Protocol):
@@ -119,11 +142,13 @@ class Validation:
         due = run.validate_every_steps and progress.step % run.validate_every_steps == 0
         if self.batches is None or not (due or progress.step == run.steps):
             return
-        loss = trainer.engine.evaluate((b.inputs_BT, b.targets_BT, b.documents_BT) for b in self.batches)
+        with contextlib.closing(shielded(self.batches)) as batches:
+            loss = trainer.engine.evaluate((b.inputs_BT, b.targets_BT, b.documents_BT) for b in batches)
         trainer.validation_loss = loss
         if self.questions is not None:
-            rows = ((b.inputs_BT, b.targets_BT, b.documents_BT) for b in self.questions)
-            trainer.validation_exact_match = trainer.engine.exact_match(rows)
+            with contextlib.closing(shielded(self.questions)) as batches:
+                rows = ((b.inputs_BT, b.targets_BT, b.documents_BT) for b in batches)
+                trainer.validation_exact_match = trainer.engine.exact_match(rows)
         improved = not progress.best or loss < progress.best[0][0]
         progress.validations_since_best = 0 if improved else progress.validations_since_best + 1
         progress.best = sorted([*progress.best, [loss, progress.step]])[: max(1, run.checkpoint.keep_best)]

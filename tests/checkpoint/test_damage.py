@@ -1,15 +1,22 @@
 """Whatever happens to a file after it was written is told, and nothing in a file is ever executed."""
 
+import collections
 import pickle
 import random
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from mosaic_dist.checkpoint import Checkpoint, CheckpointError
 from mosaic_dist.checkpoint.manifest import read_manifest, render_manifest
+from mosaic_dist.parallel import World
+from mosaic_dist.train.folder import RunFolder
+from mosaic_dist.train.session import newest_good
 from tests.checkpoint.samples import DTYPES, SHAPES, save_small
 
 FLIPS = 120
@@ -92,6 +99,57 @@ def test_a_manifest_of_a_later_format_is_refused(tmp_path: Path) -> None:
     (directory / "manifest.json").write_bytes(render_manifest(manifest))
     with pytest.raises(CheckpointError, match="has format 2; this version reads format 1"):
         Checkpoint.open(directory)
+
+
+@pytest.fixture
+def alone() -> Iterator[World]:
+    """A process group of this process, as a run without a launcher has it."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield World(0, 1, 0, 1, torch.device("cpu"))
+    dist.destroy_process_group()
+
+
+def damages(file: Path, chance: random.Random) -> Iterator[str]:
+    """Damage a file in one way after another, and name the way; whoever takes the next one mends it before."""
+    size = file.stat().st_size
+    for position in {0, 7, 8, 40, size - 1, *(chance.randrange(size) for _ in range(FLIPS))}:
+        flip(file, position, chance.randrange(8))
+        yield "bit flipped"
+    content = file.read_bytes()
+    for length in {0, 1, size // 2, size - 1, *(chance.randrange(size) for _ in range(20))}:
+        file.write_bytes(content[:length])
+        yield "truncated"
+    file.write_bytes(content + b"\0")
+    yield "extended"
+    file.write_bytes(bytes(size))
+    yield "zeroed"
+    file.unlink()
+    yield "missing"
+
+
+def test_no_damage_to_any_file_gets_past_the_start_of_a_run(folder: Path, alone: World, tmp_path: Path) -> None:
+    """Every file of a checkpoint of two ranks, manifest included: the run never goes on from what was not written."""
+    run = RunFolder(tmp_path / "run")
+    whole = folder / "good" / "step_00000100"
+    damaged = run.checkpoints / whole.name
+    shutil.copytree(whole, damaged)
+    assert newest_good(run, alone) is not None
+    tried, missed, chance = collections.Counter(), [], random.Random(1)
+    files = sorted(path.name for path in whole.iterdir())
+    assert len(files) == 3
+    for name in files:
+        for way in damages(damaged / name, chance):
+            tried[way] += 1
+            try:
+                newest_good(run, alone)
+                missed.append((name, way))
+            except CheckpointError:
+                pass
+            shutil.copyfile(whole / name, damaged / name)
+    print(f"{sum(tried.values())} damages in {len(files)} files, {len(missed)} missed: {dict(tried)}")
+    assert missed == []
+    assert tried["bit flipped"] > 300
+    assert newest_good(run, alone) is not None
 
 
 class Trap:

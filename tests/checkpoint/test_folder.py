@@ -107,7 +107,26 @@ def test_prune_counts_whole_ones(tmp_path: Path) -> None:
         prune(tmp_path, 0)
 
 
+@pytest.mark.parametrize(
+    ("keep_every", "protected", "left"),
+    [(0, set(), {8, 9}), (3, set(), {3, 6, 7, 8, 9}), (3, {2}, {2, 3, 6, 7, 8, 9}), (4, {9}, {4, 6, 7, 8, 9})],
+)
+def test_multiples_stay_for_ever_and_do_not_count(tmp_path: Path, keep_every: int, protected: set, left: set) -> None:
+    for step in range(1, 10):
+        save_small(tmp_path, step)
+        prune(tmp_path, 2, protected, keep_every)
+    assert set(steps(tmp_path)) == left
+
+
+def test_nothing_goes_where_all_are_multiples(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        save_small(tmp_path, step)
+    assert prune(tmp_path, 1, (), 10) == []
+    assert steps(tmp_path) == [10, 20, 30]
+
+
 def test_policy() -> None:
-    assert CheckpointPolicy().to_dict() == {"every_steps": 500, "keep_last": 2, "keep_best": 0}
+    kept = {"every_steps": 500, "keep_last": 2, "keep_best": 0, "keep_every": 0}
+    assert CheckpointPolicy().to_dict().items() >= kept.items()
     with pytest.raises(SpecError, match="keep_last"):
         CheckpointPolicy(keep_last=0)

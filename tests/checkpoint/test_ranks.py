@@ -1,8 +1,6 @@
 import itertools
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +9,6 @@ import pytest
 from mosaic_dist.checkpoint import Checkpoint, CheckpointError
 from tests.checkpoint.ranks import WORLD_SIZE
 from tests.checkpoint.samples import SHAPES, random_tensors, same_bits
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two gloo ranks have left behind; one launch for all tests here."""
-    folder = tmp_path_factory.mktemp("ranks")
-    words = [sys.executable, "-m", "tests.checkpoint.ranks", str(folder)]
-    root = Path(__file__).parents[2]
-    ranks = [
-        subprocess.Popen([*words, str(rank)], cwd=root, stderr=subprocess.PIPE, text=True) for rank in range(WORLD_SIZE)
-    ]
-    try:
-        for rank in ranks:
-            _, errors = rank.communicate(timeout=60)
-            assert rank.returncode == 0, errors
-    finally:
-        for rank in ranks:
-            rank.kill()
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mosaic_dist.checkpoint.foreign import refuse_foreign
 from mosaic_dist.convert.hugging_face.architectures import (
     config_for,
     spec_from_config,
@@ -16,7 +17,9 @@ from mosaic_dist.convert.hugging_face.architectures import (
     weights_to_ours,
 )
 from mosaic_dist.convert.hugging_face.standalone import CODE, MODEL_TYPE, source_code
-from mosaic_dist.convert.weights import DTYPES, INDEX, WEIGHTS, Mapped, parameter_cast, write_weights
+from mosaic_dist.convert.native import expected_tensors
+from mosaic_dist.convert.weights import DTYPES, Mapped, parameter_cast
+from mosaic_dist.convert.writing import INDEX, WEIGHTS, write_checksums, write_weights
 from mosaic_dist.data.tokenizer import Tokenizer
 from mosaic_dist.errors import UserError
 from mosaic_dist.files import publish_directory, write_atomic
@@ -35,6 +38,8 @@ def import_folder(path: str | Path) -> tuple[Transformer, Iterator[tuple[str, Te
     missing, left over, damaged or of another shape.
     """
     path = Path(path)
+    if not (path / "config.json").exists():
+        refuse_foreign(path)
     config = _read_json(path / "config.json")
     return spec_from_config(config), weights_to_ours(config, SafetensorsFolder(path))
 
@@ -102,9 +107,10 @@ def export_folder(
     """Write a folder that `AutoModelForCausalLM.from_pretrained` loads. It appears when it is whole.
 
     A model that no architecture of transformers computes brings its code along (see `standalone.py`).
-    `tensors` (see `CheckpointTensors`) are read one after another, so memory is bounded by `max_shard_bytes` and one
-    layer's stack of experts. Parameters are cast to `dtype`; buffers (DeepSeek's correction) keep theirs. UserError if
-    the output exists, tensors are not the model's, or the tokenizer has more tokens than it.
+    `tensors` (see `CheckpointTensors`) are read one after another, so memory is bounded by two of the largest, such as
+    one layer's stack of experts. Parameters are cast to `dtype`; buffers (DeepSeek's correction) keep theirs. With
+    checksums of all files. UserError if the output exists, tensors are not the model's, or the tokenizer has more
+    tokens than it.
     """
     output = Path(output)
     if output.exists():
@@ -116,17 +122,21 @@ def export_folder(
         raise UserError(f"{tokenizer} has {words.vocab_size} tokens, more than the model's vocabulary ({spec.vocab})")
     config = config_for(spec) | _special_tokens(words) | {"torch_dtype": DTYPE_NAMES[dtype]}
     code = source_code(spec) if config["model_type"] == MODEL_TYPE else None
-    converted = weights_to_hugging_face(spec, Mapped(tensors, parameter_cast(spec, DTYPES[dtype])), config)
+    cast = parameter_cast(spec, DTYPES[dtype])
+    planned, converted = (
+        weights_to_hugging_face(spec, Mapped(source, cast), config) for source in (expected_tensors(spec), tensors)
+    )
     aside = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    write_weights(aside, converted, max_shard_bytes)
+    write_weights(aside, planned, converted, max_shard_bytes)
     _write_json(aside / "config.json", config)
     if code is not None:
         write_atomic(aside / f"{CODE}.py", code)
     if words is not None:
         words.save(aside / "tokenizer.json")
         _write_json(aside / "tokenizer_config.json", _tokenizer_config(words, spec.context))
+    write_checksums(aside)
     publish_directory(aside, output)
     return output
 

@@ -126,6 +126,7 @@ def _convert(
                 raise UserError(f"{name} is {list(tensor.shape)} among the weights, {list(shapes[name])} in the model")
         for name, tensor in zip(results, convert(loaded), strict=True):
             yield name, _own(tensor)
+        del loaded, tensor  # before the next rule's are read
 
 
 def _own(tensor: Tensor) -> Tensor:

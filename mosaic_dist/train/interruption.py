@@ -1,0 +1,122 @@
+"""What ends a start of a run before its last step: a signal to any rank, or the clock."""
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Generator, Iterable
+from types import FrameType
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from mosaic_dist.parallel import some_rank_failed
+
+INTERRUPTED_EXIT_CODE = 75
+"""Of a run that saved and stopped because it was told to: "start me again" (EX_TEMPFAIL of sysexits.h).
+
+Launchers use 1, 2 and 126 to 255 themselves, and our errors 1 and 2.
+"""
+FAILED_ELSEWHERE_EXIT_CODE = 1
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""What Slurm sends before it takes a node away (`--signal=USR1@60`, preemption), and launchers to end their ranks."""
+LOOK_SECONDS = 1.0
+
+T = TypeVar("T")
+
+
+class StopSignals:
+    """Remembers that a stop signal came, for the end of the step; installed for the rest of the process's life.
+
+    Signals after the first change nothing, so they cannot tear a save. Make it on the main thread.
+    """
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        """Name of the first that came to this process."""
+        self._is_settled = False
+        read_end, write_end = socket.socketpair()
+        write_end.setblocking(False)
+        self._ends = (read_end, write_end)  # the descriptors live as long as this
+        signal.set_wakeup_fd(write_end.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, name="stop signals", daemon=True).start()
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._remember)
+
+    def settle(self) -> None:
+        """Training is over for all ranks: from here on the signals are ignored.
+
+        A launcher sends SIGTERM when the first rank has ended with our exit code, to others on their way out.
+        """
+        self._is_settled = True
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.received = self.received or signal.Signals(number).name
+
+    def _watch(self) -> None:
+        """Leave at once on a signal that comes before the processes have met, or because another rank failed.
+
+        The main thread may then wait for another rank for ever, deep in a call where no Python runs, and launchers give
+        each process 30 s before they kill it, some one process after the other.
+        """
+        while not any(number in STOP_SIGNALS for number in self._ends[0].recv(64)):
+            pass  # the signals of others pass by here too: an ended child, Ctrl-C
+        while not self._is_settled:
+            if not dist.is_initialized():  # nothing has begun that could be saved
+                os._exit(INTERRUPTED_EXIT_CODE)
+            if some_rank_failed():
+                os._exit(FAILED_ELSEWHERE_EXIT_CODE)
+            time.sleep(LOOK_SECONDS)
+
+
+class Deadline:
+    """The wall clock of a start that may take `max_minutes`, counted from here on; None for no limit.
+
+    Time is up at the end of a step after which another one, as long as the longest so far with all that came between
+    two steps (validation, a save), and then the last save might not fit. For that save twice the longest one so far is
+    set aside, and before the first a tenth of the whole time.
+    """
+
+    def __init__(self, max_minutes: float | None):
+        self.limit_seconds = None if max_minutes is None else 60 * max_minutes
+        self.started = time.monotonic()
+        self.save_seconds: float | None = None
+        """The longest save so far."""
+        self._longest = 0.0
+        self._last: float | None = None
+
+    def add_save(self, seconds: float) -> None:
+        """Tell how long a save took."""
+        self.save_seconds = max(seconds, self.save_seconds or 0.0)
+
+    def is_up(self) -> bool:
+        """Whether to stop here. Asked once at the end of each step: it measures the time between."""
+        now = time.monotonic()
+        if self._last is not None:  # the first step also compiles and starts the readers
+            self._longest = max(self._longest, now - self._last)
+        self._last = now
+        if self.limit_seconds is None:
+            return False
+        save = self.limit_seconds / 10 if self.save_seconds is None else 2 * self.save_seconds
+        return now - self.started + self._longest + save > self.limit_seconds
+
+
+def shielded(items: Iterable[T]) -> Generator[T, None, None]:
+    """The items, each awaited with the stop signals blocked, which the processes that start meanwhile inherit.
+
+    Launchers send SIGTERM to the readers of data too, and the run would die of their death before it has saved. Close
+    it: readers that are left over do not heed `terminate` either.
+    """
+    source = iter(items)
+    while True:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            item = next(source)
+        except StopIteration:
+            return
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        yield item

@@ -1,0 +1,47 @@
+"""What is told of a checkpoint is what is in it."""
+
+import json
+import math
+from pathlib import Path
+
+from mosaic_dist.checkpoint import Checkpoint
+from mosaic_dist.checkpoint.facts import checkpoint_facts, layout, list_checkpoints
+from tests.checkpoint.samples import DTYPES, SHAPES, save_small
+
+
+def test_sizes_by_kind_and_the_largest(folder: Path) -> None:
+    path = folder / "good" / "step_00000100"
+    facts = checkpoint_facts(Checkpoint.open(path))
+    elements = {name: math.prod(shape) for name, shape in SHAPES.items()}
+    for kind, dtype in DTYPES.items():
+        row = facts["kinds"][kind]
+        assert (row["tensors"], row["elements"]) == (len(SHAPES), sum(elements.values()))
+        assert row["bytes"] == sum(elements.values()) * dtype.itemsize
+    assert (facts["step"], facts["files"], facts["parameters"]) == (100, 2, sum(elements.values()))
+    assert facts["bytes"] == sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    largest = [row["name"] for row in facts["largest_tensors"]]
+    assert largest == sorted(elements, key=lambda name: -elements[name])
+    assert json.loads(json.dumps(facts)) == facts
+
+
+def test_the_layout_is_the_run_folders_where_it_can_be(tmp_path: Path) -> None:
+    unknown = {"ranks": 2, "expert_parallel": "unknown", "zero_stage": "unknown", "precision": "unknown"}
+    assert layout(2, None) == layout(2, tmp_path) == unknown
+    (tmp_path / "environment.json").write_text('{"world_size": 2, "expert_parallel": 2, "zero_stage": 3}')
+    (tmp_path / "ds_config.json").write_text('{"bf16": {"enabled": true}, "fp16": {"enabled": false}}')
+    assert layout(2, tmp_path) == {"ranks": 2, "expert_parallel": 2, "zero_stage": 3, "precision": "bf16"}
+    assert layout(4, tmp_path) == unknown | {"ranks": 4}
+    (tmp_path / "ds_config.json").write_text("{}")
+    assert layout(2, tmp_path)["precision"] == "unknown"
+    (tmp_path / "environment.json").write_text("torn")
+    assert layout(2, tmp_path) == unknown
+
+
+def test_broken_ones_are_listed_with_the_reason(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save_small(tmp_path, step)
+    (tmp_path / "step_00000002" / "rank_00000.safetensors").unlink()
+    first, second = list_checkpoints(tmp_path)
+    assert (first["step"], first["problem"]) == (1, None)
+    assert first["bytes"] == (tmp_path / "step_00000001" / "rank_00000.safetensors").stat().st_size
+    assert "rank_00000.safetensors cannot be read" in second["problem"]

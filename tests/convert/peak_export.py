@@ -1,0 +1,89 @@
+"""Peak memory of an export, in a process of its own: `python -m tests.convert.peak_export FOLDER`, prints JSON.
+
+The peak is VmHWM of /proc: that of `getrusage` starts at the size of the process that started this one.
+"""
+
+import json
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from mosaic_dist.checkpoint import Checkpoint, Piece, save
+from mosaic_dist.convert import export_checkpoint
+from mosaic_dist.convert.hugging_face import export_folder
+from mosaic_dist.convert.native import expected_shapes
+from mosaic_dist.convert.weights import CheckpointTensors
+from mosaic_dist.data.tokenizer import train_bpe
+from mosaic_dist.model import GQA, Block, RMSNorm, RoPE, SwiGLU, Transformer, Untied
+
+
+def spec(dim: int, layers: int) -> Transformer:
+    """Matrices of dim * 8 * dim elements, three to a layer, beside two tables of the same size."""
+    block = Block(attention=GQA(heads=8, kv_heads=8), ffn=SwiGLU(width=8 * dim))
+    return Transformer(
+        vocab=8 * dim, dim=dim, context=64, position=RoPE(), blocks=layers * (block,), norm=RMSNorm(), head=Untied()
+    )
+
+
+def write_checkpoint(root: Path, model: Transformer) -> None:
+    """Each tensor full of its own number."""
+    shapes = expected_shapes(model)
+    pieces = [
+        Piece(name, "master", 0, torch.full(shape, float(i)).flatten())
+        for i, (name, shape) in enumerate(shapes.items())
+    ]
+    save(root, 1, pieces, shapes, {}, {})
+
+
+def growth_bytes(work: Callable[[], object]) -> int:
+    """How far above its memory at the start this process goes while it does some work."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew at what is resident
+    before = resident_bytes("VmRSS")
+    work()
+    return resident_bytes("VmHWM") - before
+
+
+def resident_bytes(what: str) -> int:
+    """Resident memory now (VmRSS), or the most that there was (VmHWM)."""
+    found = re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def exports(checkpoint: Checkpoint, model: Transformer, folder: Path) -> dict[str, Callable[[], object]]:
+    """The kinds of export that are measured."""
+    tokenizer = folder / "tokenizer.json"
+    return {
+        "fp32": lambda: export_checkpoint(checkpoint, model, "m", tokenizer, folder / "fp32", max_shard_bytes=10**8),
+        "hf": lambda: export_folder(model, CheckpointTensors(checkpoint), folder / "hf", "fp32", tokenizer),
+        "bf16": lambda: export_checkpoint(checkpoint, model, "m", tokenizer, folder / "bf16", "bf16"),
+    }
+
+
+def main(folder: Path, step: str) -> None:
+    """`write` makes the checkpoints of a small and a large model; `measure` exports both, the small one to warm up."""
+    large, small = spec(1024, 2), spec(64, 1)
+    if step == "write":
+        train_bpe(["one two"], 259).save(folder / "tokenizer.json")
+        write_checkpoint(folder / "small", small)
+        write_checkpoint(folder / "large", large)
+        return
+    for work in exports(Checkpoint.open(folder / "small" / "step_00000001"), small, folder).values():
+        work()
+    for name in ("fp32", "hf", "bf16"):
+        shutil.rmtree(folder / name)
+    told: dict[str, float] = {}
+    for name, work in exports(Checkpoint.open(folder / "large" / "step_00000001"), large, folder).items():
+        started = time.monotonic()
+        told |= {f"{name}_bytes": growth_bytes(work), f"{name}_seconds": time.monotonic() - started}
+    print(json.dumps(told))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]), sys.argv[2])

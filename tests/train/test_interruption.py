@@ -1,0 +1,79 @@
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from mosaic_dist.train import interruption
+from mosaic_dist.train.interruption import (
+    FAILED_ELSEWHERE_EXIT_CODE,
+    INTERRUPTED_EXIT_CODE,
+    STOP_SIGNALS,
+    Deadline,
+    shielded,
+)
+
+
+def last_asked(monkeypatch: pytest.MonkeyPatch, limit_minutes: float, asked: list[float], saves: list[float]) -> float:
+    """The time in seconds at which a deadline first says stop, asked at these times; `saves` come after the first."""
+    now = 0.0
+    monkeypatch.setattr(interruption.time, "monotonic", lambda: now)
+    deadline = Deadline(limit_minutes)
+    for now in asked:
+        if deadline.is_up():
+            return now
+        for seconds in saves:
+            deadline.add_save(seconds)
+    return float("inf")
+
+
+def test_the_deadline_leaves_room_for_a_step_and_two_saves(monkeypatch):
+    every_second = [50.0 + i for i in range(20)]
+    assert last_asked(monkeypatch, 1, every_second, []) == 54.0  # 54 + 1 + 60 / 10 > 60
+    assert last_asked(monkeypatch, 1, every_second, [0.5, 2.0, 1.0]) == 56.0  # 56 + 1 + 2 * 2 > 60
+    assert last_asked(monkeypatch, 1, [20.0, 30.0, 31.0, 45.0, 46.0], [0.1]) == 46.0  # 46 + 14 + 0.2 > 60
+    assert last_asked(monkeypatch, 10, every_second, []) == float("inf")
+
+
+def test_no_deadline():
+    assert not any(Deadline(None).is_up() for _ in range(3))
+
+
+def test_readers_that_start_while_an_item_is_awaited_outlive_the_signal():
+    def start() -> subprocess.Popen[bytes]:
+        return subprocess.Popen(["sleep", "60"])
+
+    for number in STOP_SIGNALS:
+        for inside in shielded(start() for _ in range(2)):
+            outside = start()
+            for process in (inside, outside):
+                process.send_signal(number)
+            assert outside.wait(timeout=30) == -number
+            assert inside.poll() is None
+            inside.kill()
+            assert inside.wait(timeout=30) == -signal.SIGKILL
+
+
+PROGRAM = """
+import signal, sys, threading, time
+from mosaic_dist.train import interruption
+interruption.some_rank_failed = lambda: sys.argv[1] == "failed"
+interruption.dist.is_initialized = lambda: sys.argv[1] != "alone"
+signals = interruption.StopSignals()
+threading.Timer(0.1, lambda: signal.raise_signal(signal.SIGTERM)).start()
+lock = threading.Lock()
+lock.acquire()
+lock.acquire(timeout=3)  # runs no Python on the main thread, as a collective
+print(signals.received)
+"""
+
+
+@pytest.mark.parametrize(
+    ("others", "code", "told"),
+    [("alone", INTERRUPTED_EXIT_CODE, ""), ("failed", FAILED_ELSEWHERE_EXIT_CODE, ""), ("well", 0, "SIGTERM\n")],
+)
+def test_a_signal_ends_at_once_what_waits_for_a_failed_rank(others, code, told):
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, others], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout) == (code, told), done.stderr
