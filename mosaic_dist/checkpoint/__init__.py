@@ -1,6 +1,7 @@
 """Checkpoints as intervals of flat tensors: saved whole or not at all, read back in any other partition."""
 
 from mosaic_dist.checkpoint.folder import candidates, newest, prune, steps
+from mosaic_dist.checkpoint.foreign import refuse_foreign
 from mosaic_dist.checkpoint.pieces import CheckpointError, Piece
 from mosaic_dist.checkpoint.reader import Checkpoint
 from mosaic_dist.checkpoint.spec import CheckpointPolicy
@@ -14,6 +15,7 @@ __all__ = [
     "candidates",
     "newest",
     "prune",
+    "refuse_foreign",
     "save",
     "steps",
 ]

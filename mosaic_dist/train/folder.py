@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from mosaic_dist.checkpoint import refuse_foreign
 from mosaic_dist.errors import UserError
 from mosaic_dist.files import write_atomic
 from mosaic_dist.run_spec import Run, differences, listing
@@ -43,6 +44,7 @@ class RunFolder:
             if found:
                 raise UserError(f"{self.path} holds another run; choose another --output.{listing(found)}")
         elif self.path.exists() and any(self.path.iterdir()):
+            refuse_foreign(self.path)
             raise UserError(f"{self.path} is not empty and holds no run.yaml; choose another --output")
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self._lock()

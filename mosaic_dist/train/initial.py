@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from mosaic_dist.checkpoint import candidates
+from mosaic_dist.checkpoint import candidates, refuse_foreign
 from mosaic_dist.convert.hugging_face import SafetensorsFolder, import_folder
 from mosaic_dist.convert.hugging_face.rules import check_names
 from mosaic_dist.convert.hugging_face.twin import canonical
@@ -67,6 +67,7 @@ def open_initial(run: Run, info: DatasetInfo, checkpoints: Path) -> InitialWeigh
     if not run.initial_model or candidates(checkpoints):
         return None
     path = Path(run.initial_model).expanduser()
+    refuse_foreign(path)
     config = _read_json(path / "config.json")
     weights = ExportedWeights(path, config) if config.get("model_type") == "mosaic_dist" else HuggingFaceWeights(path)
     check_same_model(weights.model, run.model, path)

@@ -1,15 +1,19 @@
 """Checkpoints of other formats are told for what they are, and nothing in them is opened."""
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from t4_moe import run
 
 from mosaic_dist.checkpoint import CheckpointError, candidates, newest
 from mosaic_dist.checkpoint.foreign import refuse_foreign
 from mosaic_dist.convert.facts import describe
 from mosaic_dist.convert.hugging_face import import_folder
 from mosaic_dist.convert.locate import choose_checkpoint, locate
+from mosaic_dist.train.folder import RunFolder
+from mosaic_dist.train.initial import open_initial
 from tests.checkpoint.samples import save_small
 from tests.checkpoint.test_damage import Trap
 
@@ -55,6 +59,8 @@ def test_each_way_in_says_what_it_is_and_runs_nothing(tmp_path: Path, told: str)
         lambda path: choose_checkpoint(str(path), None, None),
         lambda path: choose_checkpoint(None, str(path), None),
         import_folder,
+        lambda path: RunFolder(path).claim(run),
+        lambda path: open_initial(replace(run, initial_model=str(path)), None, Path("nowhere")),
     )
     for way in ways:
         for path in (root, root / "global_step40"):
