@@ -59,30 +59,37 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> WrittenFile:
 
     Raises FileExistsError if the file exists, and OSError as the disk does.
     """
-    # Wide types first keeps every tensor aligned to its own size; the sort is stable.
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
-    header: dict[str, object] = {}
-    end = 0
-    for key, tensor in ordered:
-        begin, end = end, end + tensor.numel() * tensor.element_size()
-        header[key] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % HEADER_ALIGNMENT_BYTES)
-    text = len(text).to_bytes(8, "little") + text
-
-    whole = xxhash.xxh3_128(text)
+    text, offsets = lay_out(tensors)
+    whole, size = xxhash.xxh3_128(text), len(text)
     places = {}
-    offset = len(text)
     with open(path, "xb", buffering=0) as file:
         _write_all(file.fileno(), memoryview(text))
-        for key, tensor in ordered:
-            data = byte_view(tensor.detach().cpu().contiguous())
+        for key, offset in offsets.items():
+            data = byte_view(tensors[key].detach().cpu().contiguous())
             _write_all(file.fileno(), data)
             whole.update(data)
             places[key] = Place(offset, len(data), xxhash.xxh3_128_hexdigest(data))
-            offset += len(data)
+            size += len(data)
         os.fsync(file.fileno())
-    return WrittenFile(offset, whole.hexdigest(), places)
+    return WrittenFile(size, whole.hexdigest(), places)
+
+
+def lay_out(tensors: Mapping[str, Tensor], **metadata: str) -> tuple[bytes, dict[str, int]]:
+    """Beginning of a safetensors file, and at which byte of the file each tensor begins, in the order they lie in.
+
+    Of the tensors only shape and dtype are looked at.
+    """
+    header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    offsets, end = {}, 0
+    # Wide types first keeps every tensor aligned to its own size; the sort is stable.
+    for key, tensor in sorted(tensors.items(), key=lambda item: -item[1].element_size()):
+        offsets[key], end = end, end + tensor.nbytes
+        place = [offsets[key], end]
+        header[key] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % HEADER_ALIGNMENT_BYTES)
+    text = len(text).to_bytes(8, "little") + text
+    return text, {key: len(text) + offset for key, offset in offsets.items()}
 
 
 def _write_all(handle: int, data: memoryview) -> None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 from tqdm import tqdm
 
-from mosaic_dist.checkpoint.rank_file import DTYPE_NAMES, HEADER_ALIGNMENT_BYTES, byte_view
+from mosaic_dist.checkpoint.rank_file import byte_view, lay_out
 from mosaic_dist.errors import UserError
 from mosaic_dist.files import checksum, write_atomic
 
@@ -80,21 +80,12 @@ def _write_headers(folder: Path, planned: Mapping[str, Tensor], max_bytes: int) 
 
 def _write_header(path: Path, planned: Mapping[str, Tensor]) -> dict[str, _Place]:
     """A file with its header and its final size, and where each tensor goes in it."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    ends, end = {}, 0
-    # Wide types first keeps every tensor aligned to its own size; the sort is stable.
-    for name, tensor in sorted(planned.items(), key=lambda item: -item[1].element_size()):
-        begin, end = end, end + tensor.nbytes
-        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-        ends[name] = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % HEADER_ALIGNMENT_BYTES)
-    start = 8 + len(text)
+    text, offsets = lay_out(planned, format="pt")
     with open(path, "xb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(text)
         file.flush()
-        os.truncate(file.fileno(), start + end)
-    return {name: _Place(path, start + ends[name] - tensor.nbytes, tensor) for name, tensor in planned.items()}
+        os.truncate(file.fileno(), len(text) + sum(tensor.nbytes for tensor in planned.values()))
+    return {name: _Place(path, offsets[name], tensor) for name, tensor in planned.items()}
 
 
 def write_checksums(folder: Path) -> None:

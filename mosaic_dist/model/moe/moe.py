@@ -132,6 +132,7 @@ class MixtureOfExperts(nn.Module):
         """What the router sees: in training, inputs times noise in 1 +- jitter (arXiv 2101.03961, section 2.4)."""
         if not self.spec.jitter or not self.training:
             return x_SD
+        x_SD = x_SD.float()  # near 1, bfloat16 has steps of 1/256: noise of a per cent would be a handful of values
         return x_SD * torch.empty_like(x_SD).uniform_(1 - self.spec.jitter, 1 + self.spec.jitter)
 
     def _kept(self, routing: Routing) -> Tensor | None:
