@@ -36,7 +36,7 @@ from mosaic_dist.spec import Positive, PositiveFloat, at, leaves, override
 from mosaic_dist.train.folder import RunFolder
 from mosaic_dist.train.initial import open_initial
 from mosaic_dist.train.interruption import INTERRUPTED_EXIT_CODE, Deadline, StopSignals
-from mosaic_dist.train.session import train_run
+from mosaic_dist.train.session import Start, train_run
 
 
 @dataclass(frozen=True)
@@ -175,17 +175,19 @@ def start(
     initial = open_initial(run, info, RunFolder(output).checkpoints)
     with _world(run.parallel.timeout_seconds) as world:
         trainer = train_run(
-            run,
-            info,
-            resolved.config,
-            resolved.expert_parallel,
-            resolved.counts,
-            output,
-            stop_at_step,
+            Start(
+                run=run,
+                info=info,
+                config=resolved.config,
+                degree=resolved.expert_parallel,
+                counts=resolved.counts,
+                output=output,
+                stop_at_step=stop_at_step,
+                initial=initial,
+                deadline=deadline,
+                signals=signals,
+            ),
             world,
-            initial,
-            deadline,
-            signals,
         )
     return not trainer.has_arrived
 

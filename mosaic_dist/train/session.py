@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,68 +25,76 @@ from mosaic_dist.train.trackers import make_trackers
 from mosaic_dist.train.trainer import Hook, NonfiniteGuard, Progress, Trainer, Validation
 
 
-def train_run(
-    run: Run,
-    info: DatasetInfo,
-    config: dict[str, Any],
-    degree: int,
-    counts: Counts,
-    output: str,
-    stop_at_step: int | None,
-    world: World,
-    initial: InitialWeights | None = None,
-    deadline: Deadline | None = None,
-    signals: StopSignals | None = None,
-) -> Trainer:
-    """Train `run` in the folder `output`, from its newest checkpoint if it has one. Every rank calls.
+@dataclass(frozen=True)
+class Start:
+    """What a start of a run is made of, all of it checked already."""
 
-    `config` is a filled DeepSpeed config and `degree` the expert-parallel degree. Where there is no checkpoint, the run
-    starts from `initial`, or from its seed. It may end before its last step by the `deadline` of the main process or a
-    signal to any, and has saved then.
+    run: Run
+    info: DatasetInfo
+    config: dict[str, Any]
+    """A filled DeepSpeed config."""
+    degree: int
+    """The expert-parallel degree."""
+    counts: Counts
+    output: str
+    """The run folder."""
+    stop_at_step: int | None
+    initial: InitialWeights | None
+    """Where the run starts from without a checkpoint; None: from its seed."""
+    deadline: Deadline
+    signals: StopSignals
+
+
+def train_run(start: Start, world: World) -> Trainer:
+    """Train in the run's folder, from its newest checkpoint if it has one. Every rank calls.
+
+    It may end before its last step by the deadline of the main process or a signal to any, and has saved then.
     """
-    deadline = deadline or Deadline(None)
-    folder = RunFolder(output)
-    if initial is not None:  # before the folder is claimed: a damaged file must leave nothing behind
-        verify_together(initial, world)
-        say(world, f"starting from the weights in {initial.path}")
+    run, folder = start.run, RunFolder(start.output)
+    if start.initial is not None:  # before the folder is claimed: a damaged file must leave nothing behind
+        verify_together(start.initial, world)
+        say(world, f"starting from the weights in {start.initial.path}")
     on_main(world, lambda: folder.claim(run))
     torch.manual_seed(run.seed + world.rank)
-    filled = None if initial is None else functools.partial(fill, weights=initial)
-    engine = Engine(run.model, run.optimizer, config, degree, run.seed, world, filled, run.parallel)
+    filled = None if start.initial is None else functools.partial(fill, weights=start.initial)
+    engine = Engine(run.model, run.optimizer, start.config, start.degree, run.seed, world, filled, run.parallel)
     checkpoint = newest_good(folder, world)
-    trainer = begin(run, info, engine, checkpoint, min(run.steps, stop_at_step or run.steps))
+    trainer = begin(run, start.info, engine, checkpoint, min(run.steps, start.stop_at_step or run.steps))
     peak, peak_source = peak_flops_per_second(world.device)
-    facts = engine_facts(engine, counts) | {"peak_flops_per_second": peak, "peak_source": peak_source}
-    on_main(world, lambda: folder.describe(run, config, facts, info.tokenizer_path))
-    say(
-        world,
-        f"{run.name}: {counts.total:,} parameters ({counts.active:,} active), {world.size} ranks, expert parallel "
-        f"{degree}, ZeRO {engine.zero_stage}; steps {trainer.progress.step} to {trainer.until_step} of {run.steps} in "
-        f"{folder.path}",
-    )
-    if trainer.is_ending:
-        why = "was stopped early, by its validation loss" if trainer.progress.stopped_early else "is already there"
-        say(world, f"nothing to do: the run {why}")
-        if signals is not None:
-            signals.settle()
-        return trainer
-    speed = Speed(flops_per_token(run.model, run.seq_len), peak)
-    trainer.reasons_to_stop = reasons_to_stop(world, deadline, signals)
-    saver = Saver(folder, deadline, trainer)
-    try:
-        trainer.train(make_hooks(trainer, folder, info, speed, saver))
-    finally:
-        saver.close()
-    if signals is not None:
-        signals.settle()
-    say(world, how_it_ended(trainer) + f"; see {folder.path}")
+    facts = engine_facts(engine, start.counts) | {"peak_flops_per_second": peak, "peak_source": peak_source}
+    on_main(world, lambda: folder.describe(run, start.config, facts, start.info.tokenizer_path))
+    say(world, how_it_begins(trainer, start.counts, folder))
+    if not trainer.is_ending:
+        trainer.reasons_to_stop = reasons_to_stop(world, start.deadline, start.signals)
+        saver = Saver(folder, start.deadline, trainer)
+        speed = Speed(flops_per_token(run.model, run.seq_len), peak)
+        try:
+            trainer.train(make_hooks(trainer, folder, start.info, speed, saver))
+        finally:
+            saver.close()
+        say(world, how_it_ended(trainer) + f"; see {folder.path}")
+    start.signals.settle()
     return trainer
 
 
-def reasons_to_stop(world: World, deadline: Deadline, signals: StopSignals | None) -> dict[str, Callable[[], bool]]:
+def how_it_begins(trainer: Trainer, counts: Counts, folder: RunFolder) -> str:
+    """The model, the layout, and which steps are ahead, if any are."""
+    engine, progress = trainer.engine, trainer.progress
+    told = (
+        f"{trainer.run.name}: {counts.total:,} parameters ({counts.active:,} active), {engine.world.size} ranks, "
+        f"expert parallel {engine.degree}, ZeRO {engine.zero_stage}; steps {progress.step} to {trainer.until_step} of "
+        f"{trainer.run.steps} in {folder.path}"
+    )
+    if not trainer.is_ending:
+        return told
+    why = "was stopped early, by its validation loss" if progress.stopped_early else "is already there"
+    return f"{told}\nnothing to do: the run {why}"
+
+
+def reasons_to_stop(world: World, deadline: Deadline, signals: StopSignals) -> dict[str, Callable[[], bool]]:
     """What each rank is asked at the end of a step. The clock is the main process's alone."""
     return {
-        "a signal": lambda: signals is not None and signals.received is not None,
+        "a signal": lambda: signals.received is not None,
         "--max_minutes": lambda: world.is_main and deadline.is_up(),
     }
 
