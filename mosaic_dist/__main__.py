@@ -19,6 +19,7 @@ from mosaic_dist.evaluate.exact_match import answer_all, summarize
 from mosaic_dist.evaluate.generate import Sampling
 from mosaic_dist.evaluate.generate import generate as generate_tokens
 from mosaic_dist.files import write_atomic
+from mosaic_dist.memory import keep_freed_memory
 from mosaic_dist.plan.sizes import size_table
 from mosaic_dist.run_spec import Run
 from mosaic_dist.spec import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat
@@ -195,6 +196,7 @@ def recipes(folder: str = "recipes") -> None:
 
 def main() -> None:
     """Run the command that the first word names."""
+    keep_freed_memory()
     commands: dict[str, Callable[..., Any]] = {
         "export": export,
         "import": import_model,

@@ -1,6 +1,5 @@
 """The processes of a run: who this one is, and how they meet."""
 
-import ctypes
 import logging
 import os
 import socket
@@ -14,6 +13,8 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.utils import logger as deepspeed_logger
+
+from mosaic_dist.memory import keep_freed_memory
 
 
 class World(NamedTuple):
@@ -68,7 +69,7 @@ def join_world(timeout_seconds: float) -> World:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        _keep_freed_memory()
+        keep_freed_memory()
         if "OMP_NUM_THREADS" not in os.environ:  # else every process would want all cores
             torch.set_num_threads(max(1, available_cores() // local_size))
     dist.init_process_group(
@@ -77,21 +78,6 @@ def join_world(timeout_seconds: float) -> World:
         device_id=device if device.type == "cuda" else None,
     )
     return World(rank, size, local_rank, local_size, device)
-
-
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep large blocks that are freed instead of giving them back to the system each time.
-
-    Training on a CPU frees and takes tensors of the same sizes all the time, and every page that comes back from the
-    system costs a fault: 8 % of a layer with 64 experts. Settings in the environment (MALLOC_..._) go before.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None and not any(name.startswith("MALLOC_") for name in os.environ):
-        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 64 << 20)):
-            mallopt(option, value)
 
 
 def leave_world() -> None:

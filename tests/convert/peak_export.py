@@ -1,13 +1,11 @@
-"""Peak memory of an export, in a process of its own: `python -m tests.convert.peak_export FOLDER`, prints JSON.
+"""Peak memory of an export, in a process of its own: `python -m tests.convert.peak_export FOLDER WORD`.
 
 The peak is VmHWM of /proc: that of `getrusage` starts at the size of the process that started this one.
 """
 
-import json
 import re
 import shutil
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from mosaic_dist.convert.hugging_face import export_folder
 from mosaic_dist.convert.native import expected_shapes
 from mosaic_dist.convert.weights import CheckpointTensors
 from mosaic_dist.data.tokenizer import train_bpe
+from mosaic_dist.memory import keep_freed_memory
 from mosaic_dist.model import GQA, Block, RMSNorm, RoPE, SwiGLU, Transformer, Untied
 
 
@@ -65,23 +64,21 @@ def exports(checkpoint: Checkpoint, model: Transformer, folder: Path) -> dict[st
     }
 
 
-def main(folder: Path, step: str) -> None:
-    """`write` makes the checkpoints of a small and a large model; `measure` exports both, the small one to warm up."""
+def main(folder: Path, word: str) -> None:
+    """`write` makes the checkpoints of a small and a large model; else the kind whose peak is printed.
+
+    The small model is exported before, so that all that an export imports is there.
+    """
     large, small = spec(1024, 2), spec(64, 1)
-    if step == "write":
+    if word == "write":
         train_bpe(["one two"], 259).save(folder / "tokenizer.json")
         write_checkpoint(folder / "small", small)
         write_checkpoint(folder / "large", large)
         return
-    for work in exports(Checkpoint.open(folder / "small" / "step_00000001"), small, folder).values():
-        work()
-    for name in ("fp32", "hf", "bf16"):
-        shutil.rmtree(folder / name)
-    told: dict[str, float] = {}
-    for name, work in exports(Checkpoint.open(folder / "large" / "step_00000001"), large, folder).items():
-        started = time.monotonic()
-        told |= {f"{name}_bytes": growth_bytes(work), f"{name}_seconds": time.monotonic() - started}
-    print(json.dumps(told))
+    keep_freed_memory()
+    exports(Checkpoint.open(folder / "small" / "step_00000001"), small, folder)[word]()
+    shutil.rmtree(folder / word)
+    print(growth_bytes(exports(Checkpoint.open(folder / "large" / "step_00000001"), large, folder)[word]))
 
 
 if __name__ == "__main__":

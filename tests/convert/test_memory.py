@@ -1,6 +1,5 @@
 """An export needs room for about two of the largest tensors, however many there are."""
 
-import json
 import math
 import subprocess
 import sys
@@ -16,24 +15,24 @@ from tests.launch import ROOT, clean_environment
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peaks are read from /proc")
 
 
-def in_process(folder: Path, step: str) -> str:
-    """glibc gives large blocks back as they are freed: what counts is what the export holds, not what it had held."""
-    environment = clean_environment() | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
-    words = [sys.executable, "-m", "tests.convert.peak_export", str(folder), step]
-    done = subprocess.run(words, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=240, check=False)
+def in_process(folder: Path, word: str) -> str:
+    words = [sys.executable, "-m", "tests.convert.peak_export", str(folder), word]
+    done = subprocess.run(
+        words, cwd=ROOT, env=clean_environment(), text=True, capture_output=True, timeout=240, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
 def test_peak_memory_of_exports(tmp_path: Path) -> None:
     in_process(tmp_path, "write")
-    told = json.loads(in_process(tmp_path, "measure"))
     sizes = [4 * math.prod(shape) for shape in expected_shapes(spec(1024, 2)).values()]
-    print({**told, "largest_bytes": max(sizes), "total_bytes": sum(sizes)})
     assert sum(sizes) > 280e6
     assert max(sizes) > 30e6
     for name in ("fp32", "hf", "bf16"):
-        assert told[f"{name}_bytes"] < 2 * max(sizes), name
+        peak_bytes = int(in_process(tmp_path, name))
+        print(f"{name}: {peak_bytes:,} bytes, of the largest tensor {max(sizes):,}, of all {sum(sizes):,}")
+        assert max(sizes) / 2 < peak_bytes < 2.5 * max(sizes), name  # two tensors, and gaps in malloc's heap
     for i, (name, shape) in enumerate(expected_shapes(spec(1024, 2)).items()):
         for file in (tmp_path / "fp32").glob("*.safetensors"):
             with safe_open(file, "pt") as opened:
