@@ -1,4 +1,8 @@
-"""Saving while training goes on: the state is copied to host memory, and a thread writes the copy."""
+"""Saving while training goes on: a thread copies the state to host memory, and writes the copy.
+
+Weights and optimizer states change in updates only, so the copy is made beside the forward and backward passes of the
+next step, and training waits for what is left of it before its update.
+"""
 
 import functools
 import threading
@@ -23,8 +27,8 @@ class HostMemory:
     def __init__(self) -> None:
         self._room = torch.empty(0, dtype=torch.uint8)
 
-    def copy(self, pieces: Sequence[Piece]) -> list[Piece]:
-        """The pieces with their data copied here, where they stay until the next call."""
+    def reserve(self, pieces: Sequence[Piece]) -> list[Piece]:
+        """The pieces with room for their data here, which is theirs until the next call."""
         starts, end = [], 0
         for piece in pieces:
             starts.append(end)
@@ -32,14 +36,20 @@ class HostMemory:
         if end > len(self._room):
             self._room = torch.empty(0, dtype=torch.uint8)  # first give back what there is
             self._room = torch.empty(end, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-        copies = []
+        rooms = []
         for piece, start in zip(pieces, starts, strict=True):
             size = piece.data.numel() * piece.data.element_size()
-            room = self._room[start : start + size].view(piece.data.dtype)
-            copies.append(piece._replace(data=room.copy_(piece.data.detach(), non_blocking=True)))
-        if torch.cuda.is_available():
-            torch.cuda.current_stream().synchronize()
-        return copies
+            rooms.append(piece._replace(data=self._room[start : start + size].view(piece.data.dtype)))
+        return rooms
+
+
+def copy_data(pieces: Sequence[Piece], rooms: Sequence[Piece], stream: torch.cuda.Stream | None = None) -> None:
+    """Fill the rooms with the data of the pieces; on a GPU, on a stream of its own."""
+    with torch.cuda.stream(stream):  # None is no stream
+        for piece, room in zip(pieces, rooms, strict=True):
+            room.data.copy_(piece.data.detach(), non_blocking=True)
+    if stream is not None:
+        stream.synchronize()
 
 
 class BackgroundSave:
@@ -55,6 +65,9 @@ class BackgroundSave:
         self._group = group
         self._memory = HostMemory()
         self._thread: threading.Thread | None = None
+        self._copied = threading.Event()
+        self._copied.set()
+        self._stall_seconds = 0.0
         self._error: BaseException | None = None
 
     @property
@@ -63,30 +76,48 @@ class BackgroundSave:
         return self._error is not None
 
     def start(self, root: str | Path, step: int, state: State, then: Callable[[float], None]) -> None:
-        """Wait for the save before, copy the state, and write `root/step_<step>` in a thread; see `store.save`.
+        """Wait for the save before, then copy the state and write `root/step_<step>` in a thread; see `store.save`.
 
-        Once it is there, the thread calls `then` with the seconds that the copy took. Raises CheckpointError on all
-        ranks where one of them lacks the memory for the copy, and what `wait` raises.
+        Whoever changes the tensors of `state` calls `wait_for_copy` first. Once the checkpoint is there, the thread
+        calls `then` with the seconds that training waited in this method and that. Raises CheckpointError on all ranks
+        where one of them lacks the memory for the copy, and what `wait` raises.
         """
         self.wait()
         started, problem = time.monotonic(), None
         try:
-            copied = state._replace(pieces=self._memory.copy(state.pieces))
+            rooms = self._memory.reserve(state.pieces)
         except (RuntimeError, MemoryError) as error:
             problem = str(error)
         if problems := gather_problems(problem):
             told = f"no room in host memory for a copy of the state: {problems[0]}"
             raise CheckpointError(f"step {step} was not saved: {told}; use --checkpoint.asynchronous False")
-        finish = functools.partial(then, time.monotonic() - started)
-        self._thread = threading.Thread(target=self._write, args=(root, step, copied, finish), daemon=True)
+        stream = None
+        if torch.cuda.is_available():
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())  # the update that made this state
+        self._copied.clear()
+        copy = functools.partial(copy_data, state.pieces, rooms, stream)
+        write = functools.partial(save, root, step, *state._replace(pieces=rooms), self._group)
+        self._thread = threading.Thread(target=self._run, args=(copy, write, then), daemon=True)
         self._thread.start()
+        self._stall_seconds = time.monotonic() - started
 
-    def _write(self, root: str | Path, step: int, state: State, finish: Callable[[], None]) -> None:
+    def _run(self, copy: Callable[[], None], write: Callable[[], object], then: Callable[[float], None]) -> None:
         try:
-            save(root, step, *state, self._group)
-            finish()
+            try:
+                copy()
+            finally:
+                self._copied.set()
+            write()
+            then(self._stall_seconds)
         except BaseException as error:
             self._error = error
+
+    def wait_for_copy(self) -> None:
+        """Wait until the tensors that were last handed over may change."""
+        started = time.monotonic()
+        self._copied.wait()
+        self._stall_seconds += time.monotonic() - started
 
     def wait(self) -> float:
         """Wait until nothing is being saved; returns the seconds. Raises, once, what the save raised: on all ranks."""

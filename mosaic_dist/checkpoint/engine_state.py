@@ -14,6 +14,7 @@ from mosaic_dist.parallel.state import (
     buffers,
     counters,
     global_tensors,
+    layout,
     make_optimizer_tensors,
     optimizer_step_count,
     optimizer_tensors,
@@ -37,7 +38,8 @@ def global_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
 def engine_state(engine: Engine, state: dict[str, Any]) -> State:
     """The weights, optimizer states, counters and generators of this rank, and `state` (JSON values), to be saved.
 
-    The pieces are views of what the engine trains; everything else is a copy.
+    The layout goes with them for those who look at a checkpoint; loading does not ask for it. The pieces are views of
+    what the engine trains; everything else is a copy.
     """
     pieces = []
     for shard in shards(engine):
@@ -48,8 +50,8 @@ def engine_state(engine: Engine, state: dict[str, Any]) -> State:
                 pieces.append(Piece(shard.name, kind, shard.start, values))
     if engine.world.is_main:
         pieces += [Piece(name, BUFFER, 0, buffer.flatten()) for name, buffer in buffers(engine).items()]
-    full_state = copy.deepcopy(state) | {"optimizer_step": optimizer_step_count(engine), "engine": counters(engine)}
-    return State(pieces, global_shapes(engine), full_state, generator_states())
+    own = {"optimizer_step": optimizer_step_count(engine), "engine": counters(engine), "layout": layout(engine)}
+    return State(pieces, global_shapes(engine), copy.deepcopy(state) | own, generator_states())
 
 
 def save_engine(root: Path, step: int, engine: Engine, state: dict[str, Any]) -> Path:

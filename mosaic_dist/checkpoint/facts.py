@@ -1,6 +1,5 @@
-"""What is in a checkpoint, as plain values: read from its manifest, and from the run folder that it lies in."""
+"""What is in a checkpoint, as plain values, read from its manifest."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,12 @@ from mosaic_dist.checkpoint.rank_file import DTYPES
 from mosaic_dist.checkpoint.reader import Checkpoint
 
 LARGEST_TOLD = 5
+LAYOUT = ("ranks", "expert_parallel", "zero_stage", "precision", "accumulation", "micro_batch")
 UNKNOWN = "unknown"
+"""Of the layout, in a checkpoint that does not tell it: an older one, or one that no engine saved."""
 
 
-def checkpoint_facts(checkpoint: Checkpoint, run_folder: Path | None = None) -> dict[str, Any]:
+def checkpoint_facts(checkpoint: Checkpoint) -> dict[str, Any]:
     """Step, tokens, time, layout, sizes by kind, the largest tensors, the position in the data; plain JSON.
 
     No data is read. Memory and time follow the manifest.
@@ -39,7 +40,7 @@ def checkpoint_facts(checkpoint: Checkpoint, run_folder: Path | None = None) -> 
         "tokens": state.get("progress", {}).get("tokens"),
         "time": manifest["time"],
         "versions": manifest["versions"],
-        "layout": layout(checkpoint.world_size, run_folder),
+        "layout": dict.fromkeys(LAYOUT, UNKNOWN) | {"ranks": checkpoint.world_size} | state.get("layout", {}),
         "parameters": kinds.get("master", {}).get("elements", 0),
         "files": len(manifest["files"]),
         "bytes": sum(file["bytes"] for file in manifest["files"]),
@@ -49,32 +50,6 @@ def checkpoint_facts(checkpoint: Checkpoint, run_folder: Path | None = None) -> 
         "progress": state.get("progress"),
         "engine": state.get("engine"),
     }
-
-
-def layout(ranks: int, run_folder: Path | None) -> dict[str, Any]:
-    """Ranks, expert-parallel degree, ZeRO stage and precision of the world that wrote a checkpoint.
-
-    A checkpoint itself knows its ranks only, because it needs no more. The rest is of the run folder's latest start,
-    and "unknown" where that had another number of ranks.
-    """
-    found = {"ranks": ranks, "expert_parallel": UNKNOWN, "zero_stage": UNKNOWN, "precision": UNKNOWN}
-    environment = _read(run_folder, "environment.json")
-    if environment.get("world_size") != ranks:
-        return found
-    config = _read(run_folder, "ds_config.json")
-    on = [name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled")]
-    return found | {
-        "expert_parallel": environment.get("expert_parallel", UNKNOWN),
-        "zero_stage": environment.get("zero_stage", UNKNOWN),
-        "precision": (on or ["fp32"])[0] if config else UNKNOWN,
-    }
-
-
-def _read(folder: Path | None, name: str) -> dict[str, Any]:
-    try:
-        return {} if folder is None else json.loads((folder / name).read_text())
-    except (OSError, ValueError):  # a run folder need not be there, nor be whole, for a look at a checkpoint
-        return {}
 
 
 def list_checkpoints(root: Path) -> list[dict[str, Any]]:

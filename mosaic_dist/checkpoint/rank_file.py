@@ -15,6 +15,8 @@ import torch
 import xxhash
 from torch import Tensor
 
+from mosaic_dist.files import SteadyWriter
+
 DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -63,10 +65,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> WrittenFile:
     whole, size = xxhash.xxh3_128(text), len(text)
     places = {}
     with open(path, "xb", buffering=0) as file:
-        _write_all(file.fileno(), memoryview(text))
+        writer = SteadyWriter(file.fileno())
+        writer.write(memoryview(text))
         for key, offset in offsets.items():
             data = byte_view(tensors[key].detach().cpu().contiguous())
-            _write_all(file.fileno(), data)
+            writer.write(data)
             whole.update(data)
             places[key] = Place(offset, len(data), xxhash.xxh3_128_hexdigest(data))
             size += len(data)
@@ -90,11 +93,6 @@ def lay_out(tensors: Mapping[str, Tensor], **metadata: str) -> tuple[bytes, dict
     text += b" " * (-len(text) % HEADER_ALIGNMENT_BYTES)
     text = len(text).to_bytes(8, "little") + text
     return text, {key: len(text) + offset for key, offset in offsets.items()}
-
-
-def _write_all(handle: int, data: memoryview) -> None:
-    while data:  # one call writes at most 2 GiB, and less on a disk that fills up
-        data = data[os.write(handle, data) :]
 
 
 def read_bytes(path: Path, offset_bytes: int, into: memoryview) -> int:

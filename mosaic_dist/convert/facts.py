@@ -22,10 +22,10 @@ def describe(found: Located) -> dict[str, Any]:
     if found.kind == "model":
         return told | model_facts(found.path)
     if found.kind == "checkpoint":
-        return told | checkpoint_facts(Checkpoint.open(found.path), found.run)
+        return told | checkpoint_facts(Checkpoint.open(found.path))
     rows = list_checkpoints(found.path / CHECKPOINTS if found.kind == "run" else found.path)
     whole = [row["path"] for row in rows if row["problem"] is None]
-    newest = checkpoint_facts(Checkpoint.open(whole[-1]), found.run) if whole else None
+    newest = checkpoint_facts(Checkpoint.open(whole[-1])) if whole else None
     return told | {"checkpoints": rows, "newest": newest}
 
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from mosaic_dist.checkpoint.rank_file import byte_view, lay_out
 from mosaic_dist.errors import UserError
-from mosaic_dist.files import checksum, write_atomic
+from mosaic_dist.files import SteadyWriter, checksum, write_atomic
 
 WEIGHTS, INDEX, CHECKSUMS = "model.safetensors", "model.safetensors.index.json", "checksums.json"
 
@@ -49,11 +49,9 @@ def _write(place: _Place, name: str, tensor: Tensor) -> None:
     if (tensor.shape, tensor.dtype) != (place.planned.shape, place.planned.dtype):
         found, wanted = (f"{one.dtype} {list(one.shape)}" for one in (tensor, place.planned))
         raise UserError(f"{name} is {found} among the weights, {wanted} in the model")
-    left = byte_view(tensor.detach().cpu().contiguous())
     with open(place.path, "r+b", buffering=0) as file:
         file.seek(place.offset_bytes)
-        while left:  # one call writes at most 2 GiB
-            left = left[file.write(left) :]
+        SteadyWriter(file.fileno()).write(byte_view(tensor.detach().cpu().contiguous()))
 
 
 def _write_headers(folder: Path, planned: Mapping[str, Tensor], max_bytes: int) -> dict[str, _Place]:

@@ -90,6 +90,8 @@ class Engine:
         self.accumulation: int = config["gradient_accumulation_steps"]
         self.clip_norm = optimizer.clip_norm
         self.loss_is_scaled: bool = config["fp16"]["enabled"]
+        self.before_update: Callable[[], None] = lambda: None
+        """Called before weights, optimizer states or buffers change."""
         self.deepspeed, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer.build(split_expert_groups(parameter_groups(model, optimizer.weight_decay))),
@@ -138,6 +140,7 @@ class Engine:
 
     def _update(self, learning_rate: float) -> tuple[float, bool]:
         """Clip and update. Returns the gradient norm and whether the update was skipped."""
+        self.before_update()
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         if self.zero_stage == 0:

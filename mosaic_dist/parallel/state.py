@@ -155,27 +155,46 @@ LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hyster
 
 
 def counters(engine: Engine) -> dict[str, Any]:
-    """DeepSpeed's own counters and the loss scaler's state, as plain values."""
-    deepspeed_engine = engine.deepspeed
-    scaler = getattr(deepspeed_engine.optimizer, "loss_scaler", None)
+    """DeepSpeed's own counters and the state of a loss scaler that adapts, as plain values."""
+    deepspeed_engine, scaler = engine.deepspeed, _adapting_scaler(engine)
     return {
         "global_steps": deepspeed_engine.global_steps,
         "micro_steps": deepspeed_engine.micro_steps,
         "skipped_steps": deepspeed_engine.skipped_steps,
-        "loss_scaler": {name: getattr(scaler, name) for name in LOSS_SCALER_FIELDS if hasattr(scaler, name)},
+        "loss_scaler": {} if scaler is None else {name: getattr(scaler, name) for name in LOSS_SCALER_FIELDS},
     }
 
 
 def restore_counters(engine: Engine, saved: dict[str, Any]) -> None:
-    """The inverse of `counters`."""
-    deepspeed_engine = engine.deepspeed
+    """The inverse of `counters`. A loss scaler that adapts stays as it is where the saved state has none."""
+    deepspeed_engine, scaler = engine.deepspeed, _adapting_scaler(engine)
     deepspeed_engine.global_steps = saved["global_steps"]
     deepspeed_engine.micro_steps = saved["global_steps"] * engine.accumulation  # of this run's accumulation
     deepspeed_engine.skipped_steps = saved["skipped_steps"]
-    scaler = getattr(deepspeed_engine.optimizer, "loss_scaler", None)
-    for name, value in saved["loss_scaler"].items():
-        if hasattr(scaler, name):
+    # older checkpoints of fp32 and bf16 hold the scale 1 alone, with which fp16 would lose its small gradients
+    if scaler is not None and saved["loss_scaler"].keys() == set(LOSS_SCALER_FIELDS):
+        for name, value in saved["loss_scaler"].items():
             setattr(scaler, name, value)
+
+
+def _adapting_scaler(engine: Engine) -> Any:
+    """The loss scaler of fp16, or None; a scale that stays as it is set is no state."""
+    scaler = getattr(engine.deepspeed.optimizer, "loss_scaler", None)
+    return scaler if getattr(scaler, "dynamic", False) else None
+
+
+def layout(engine: Engine) -> dict[str, Any]:
+    """How a run is spread over its cluster and cut into micro-batches, as plain values."""
+    deepspeed_engine = engine.deepspeed
+    halves = {"bf16": deepspeed_engine.bfloat16_enabled(), "fp16": deepspeed_engine.fp16_enabled()}
+    return {
+        "ranks": engine.world.size,
+        "expert_parallel": engine.degree,
+        "zero_stage": engine.zero_stage,
+        "precision": next((name for name, is_on in halves.items() if is_on), "fp32"),
+        "accumulation": engine.accumulation,
+        "micro_batch": deepspeed_engine.train_micro_batch_size_per_gpu(),
+    }
 
 
 def _inner_optimizer(engine: Engine) -> torch.optim.Optimizer:

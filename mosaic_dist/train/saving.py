@@ -31,6 +31,7 @@ class Saver:
         self.has_told_of_waiting = False
         if trainer.run.checkpoint.asynchronous:
             background = self.background = BackgroundSave(trainer.run.parallel.timeout_seconds)
+            trainer.engine.before_update = background.wait_for_copy
             trainer.reasons_to_stop["a checkpoint that failed"] = lambda: background.has_failed
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:

@@ -1,28 +1,24 @@
 """A checkpoint that two ranks have written together."""
 
-import subprocess
-import sys
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.checkpoint.ranks import WORLD_SIZE
+from tests.launch import check, run_ranks
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two gloo ranks have left behind; one launch for all tests."""
     folder = tmp_path_factory.mktemp("ranks")
-    words = [sys.executable, "-m", "tests.checkpoint.ranks", str(folder)]
-    root = Path(__file__).parents[2]
-    ranks = [
-        subprocess.Popen([*words, str(rank)], cwd=root, stderr=subprocess.PIPE, text=True) for rank in range(WORLD_SIZE)
-    ]
-    try:
-        for rank in ranks:
-            _, errors = rank.communicate(timeout=60)
-            assert rank.returncode == 0, errors
-    finally:
-        for rank in ranks:
-            rank.kill()
+    check(run_ranks("tests.checkpoint.ranks", WORLD_SIZE, str(folder)))
     return folder
+
+
+@pytest.fixture(scope="module")
+def seen(folder: Path) -> list[dict[str, Any]]:
+    """What each rank wrote down, of the module's own `folder` where it has one."""
+    return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(WORLD_SIZE)]

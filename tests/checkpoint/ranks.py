@@ -32,6 +32,31 @@ def told(work: Callable[[], Any]) -> str:
     return "no error"
 
 
+def join() -> int:
+    """Meet the other rank; the number of this one."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    return dist.get_rank()
+
+
+def tell(folder: Path, rank: int, seen: dict[str, Any]) -> None:
+    """Write down what this rank saw. When this returns, all ranks have."""
+    (folder / f"rank_{rank}.json").write_text(json.dumps(seen))
+    dist.barrier()
+
+
+def end_alone(folder: Path, work: Callable[[], Any]) -> None:
+    """Do work in which the other rank dies; write the error's name and the newest step to `died.json`, and end."""
+    died = "no error"
+    try:
+        work()
+    except Exception as error:
+        died = type(error).__name__
+    found = newest(folder / "bad")
+    (folder / "died.json").write_text(json.dumps({"error": died, "newest": found and found.step}))
+    os._exit(0)
+
+
 def failures(root: Path, rank: int) -> dict[str, str]:
     """What this rank is told when one of them fails in each of the four steps."""
     halves = Piece("a", "master", 5 * rank, torch.full((5,), float(rank)))
@@ -57,29 +82,19 @@ def failures(root: Path, rank: int) -> dict[str, str]:
     return found
 
 
-def main(folder: Path, rank: int) -> None:
-    torch.set_num_threads(1)
-    rendezvous = dist.FileStore(str(folder / "rendezvous"), WORLD_SIZE)
-    dist.init_process_group("gloo", store=rendezvous, rank=rank, world_size=WORLD_SIZE)
+def main(folder: Path) -> None:
+    rank = join()
     store.BLOCK_BYTES = 500
     pieces = cut(random_tensors(), WORLD_SIZE)[rank]
     path = save(folder / "good", 100, pieces, SHAPES, {"from": rank}, {"generator": torch.full((3,), rank)})
     Checkpoint.open(path).verify(rank, WORLD_SIZE)
     save(folder / "bad", 1, pieces, SHAPES, {}, {}, dist.group.WORLD)
     seen = {"path": str(path), "failures": failures(folder / "bad", rank), "steps": steps(folder / "bad")}
-    (folder / f"rank_{rank}.json").write_text(json.dumps(seen))
-    dist.barrier()
+    tell(folder, rank, seen)
     if rank == 1:
         os._exit(0)  # a rank that dies: the other one must not wait for ever, nor believe that it has saved
-    died = "no error"
-    try:
-        save(folder / "bad", 3, pieces, SHAPES, {}, {})
-    except Exception as error:
-        died = type(error).__name__
-    found = newest(folder / "bad")
-    (folder / "died.json").write_text(json.dumps({"error": died, "newest": found and found.step}))
-    os._exit(0)
+    end_alone(folder, lambda: save(folder / "bad", 3, pieces, SHAPES, {}, {}))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]))

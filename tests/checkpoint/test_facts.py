@@ -4,8 +4,8 @@ import json
 import math
 from pathlib import Path
 
-from mosaic_dist.checkpoint import Checkpoint
-from mosaic_dist.checkpoint.facts import checkpoint_facts, layout, list_checkpoints
+from mosaic_dist.checkpoint import Checkpoint, save
+from mosaic_dist.checkpoint.facts import checkpoint_facts, list_checkpoints
 from tests.checkpoint.samples import DTYPES, SHAPES, save_small
 
 
@@ -24,17 +24,13 @@ def test_sizes_by_kind_and_the_largest(folder: Path) -> None:
     assert json.loads(json.dumps(facts)) == facts
 
 
-def test_the_layout_is_the_run_folders_where_it_can_be(tmp_path: Path) -> None:
-    unknown = {"ranks": 2, "expert_parallel": "unknown", "zero_stage": "unknown", "precision": "unknown"}
-    assert layout(2, None) == layout(2, tmp_path) == unknown
-    (tmp_path / "environment.json").write_text('{"world_size": 2, "expert_parallel": 2, "zero_stage": 3}')
-    (tmp_path / "ds_config.json").write_text('{"bf16": {"enabled": true}, "fp16": {"enabled": false}}')
-    assert layout(2, tmp_path) == {"ranks": 2, "expert_parallel": 2, "zero_stage": 3, "precision": "bf16"}
-    assert layout(4, tmp_path) == unknown | {"ranks": 4}
-    (tmp_path / "ds_config.json").write_text("{}")
-    assert layout(2, tmp_path)["precision"] == "unknown"
-    (tmp_path / "environment.json").write_text("torn")
-    assert layout(2, tmp_path) == unknown
+def test_the_layout_is_what_the_engine_told_and_unknown_where_none_did(tmp_path: Path) -> None:
+    told = {"ranks": 2, "expert_parallel": 2, "zero_stage": 3}
+    told |= {"precision": "bf16", "accumulation": 4, "micro_batch": 8}
+    ours = Checkpoint.open(save(tmp_path, 1, [], {}, {"layout": told}, {}))
+    assert checkpoint_facts(ours)["layout"] == told
+    older = Checkpoint.open(save(tmp_path, 2, [], {}, {}, {}))
+    assert checkpoint_facts(older)["layout"] == dict.fromkeys(told, "unknown") | {"ranks": 1}
 
 
 def test_broken_ones_are_listed_with_the_reason(tmp_path: Path) -> None:

@@ -11,11 +11,6 @@ from tests.checkpoint.ranks import WORLD_SIZE
 from tests.checkpoint.samples import SHAPES, random_tensors, same_bits
 
 
-@pytest.fixture(scope="module")
-def seen(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(WORLD_SIZE)]
-
-
 def test_what_two_ranks_wrote_reads_back_in_any_other_intervals(folder: Path) -> None:
     checkpoint = Checkpoint.open(folder / "good" / "step_00000100")
     assert (checkpoint.world_size, checkpoint.state) == (2, {"from": 0})

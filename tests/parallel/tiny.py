@@ -1,7 +1,9 @@
 """A tiny model with experts, its data, and the plain PyTorch loop that every engine must equal."""
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mosaic_dist.model import MHA, Block, Factored, MoE, SwiGLU, Transformer
 from mosaic_dist.optim import AdamW, parameter_groups
@@ -22,8 +24,14 @@ MODEL = Transformer(
 )
 
 
-def make_engine(world: World, stage: int, degree: int) -> Engine:
-    """The engine of this rank for a ZeRO stage and an expert-parallel degree."""
+def make_engine(
+    world: World,
+    stage: int,
+    degree: int,
+    model: Transformer = MODEL,
+    fill: Callable[[nn.Module], None] | None = None,
+) -> Engine:
+    """The engine of this rank for a ZeRO stage and an expert-parallel degree; `fill` gives it other weights."""
     config = fill_config(
         {"zero_optimization": {"stage": stage}},
         precision="fp32",
@@ -32,7 +40,7 @@ def make_engine(world: World, stage: int, degree: int) -> Engine:
         world_size=world.size,
         clip_norm=OPTIMIZER.clip_norm,
     )
-    return Engine(MODEL, OPTIMIZER, config, degree, 0, world)
+    return Engine(model, OPTIMIZER, config, degree, 0, world, fill)
 
 
 def my_part(world: World) -> slice:

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 from mosaic_dist.convert.hugging_face import import_folder
 from mosaic_dist.errors import UserError
 from mosaic_dist.model import Transformer
-from mosaic_dist.parallel import Engine, World, fill_config, join_world, leave_world
+from mosaic_dist.parallel import World, join_world, leave_world
 from mosaic_dist.train.initial import fill, open_initial, verify_together
-from tests.parallel.tiny import BATCH, LEARNING_RATE, MICRO, OPTIMIZER, batches, my_part
+from tests.parallel.tiny import LEARNING_RATE, batches, make_engine, my_part
 from tests.train.initial import CALM, asking
 
 INFO = SimpleNamespace(path="data", tokenizer="none")
@@ -21,15 +21,7 @@ def first_losses(world: World, folder: str, model: Transformer, stage: int, degr
     """Loss before training and of the first step; tokens are those that both models know."""
     weights = open_initial(asking(folder, model), INFO, Path("none"))
     verify_together(weights, world)
-    config = fill_config(
-        {"zero_optimization": {"stage": stage}},
-        precision="fp32",
-        micro_batch=MICRO,
-        accumulation=BATCH // MICRO // world.size,
-        world_size=world.size,
-        clip_norm=OPTIMIZER.clip_norm,
-    )
-    engine = Engine(model, OPTIMIZER, config, degree, 0, world, lambda module: fill(module, weights))
+    engine = make_engine(world, stage, degree, model, lambda module: fill(module, weights))
     inputs, targets = (tokens[my_part(world)] % model.vocab for tokens in batches()[0])
     before = engine.evaluate([(inputs, targets, None)])
     return [before, engine.train_step(inputs, targets, LEARNING_RATE).loss]
