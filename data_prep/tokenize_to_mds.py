@@ -8,7 +8,7 @@ from mosaic_dist.cli import run_command
 from mosaic_dist.data.prepare import prepare
 from mosaic_dist.data.sources import choose_documents
 from mosaic_dist.data.tokenizer import Tokenizer
-from mosaic_dist.spec import Fraction, Positive
+from mosaic_dist.spec import Fraction, NonNegative, Positive
 
 
 def tokenize_to_mds(
@@ -20,10 +20,14 @@ def tokenize_to_mds(
     dataset: str | None = None,
     split: str = "train",
     field: str = "text",
+    min_document_bytes: NonNegative = 0,
+    max_document_bytes: Positive | None = None,
+    deduplicate: bool = False,
     validation_fraction: Fraction = 0.005,
     workers: Positive | None = None,
     compression: str | None = None,
     overwrite: bool = False,
+    restart: bool = False,
 ) -> None:
     """Tokenise text and write a dataset of fixed-length samples as MDS shards.
 
@@ -36,10 +40,15 @@ def tokenize_to_mds(
 
     --tokenizer is a tokenizer.json, a SentencePiece .model, or a folder that holds one (tokenizer.json, else
     tokenizer.model). Documents end with its EOS and are packed without gaps.
+    --min_document_bytes and --max_document_bytes leave out shorter and longer documents (bytes of UTF-8).
+    --deduplicate keeps the first of equal texts, by a hash of 128 bits; it takes about 20 bytes of memory a document.
     --validation_fraction of the documents, chosen by a hash of their text, become the validation split (0: none).
     --workers is the number of processes (default: one per core) and changes nothing in the result. --compression zstd
-    (or zstd:1) makes shards smaller on disk until their first use. The output appears when it is whole; --overwrite
-    replaces an existing dataset at that moment.
+    (or zstd:1) makes shards smaller on disk until their first use.
+
+    The output appears when it is whole; --overwrite replaces an existing dataset at that moment. Until then the work
+    lies in OUTPUT.unfinished. After a kill the same command goes on there, losing half a minute, and ends with the
+    same bytes. A command with other options or changed inputs is refused; --restart throws the unfinished work away.
     """
     start = time.perf_counter()
     documents = choose_documents(input, more, dataset, split, field)
@@ -49,9 +58,13 @@ def tokenize_to_mds(
         output,
         seq_len,
         validation_fraction=validation_fraction,
+        min_document_bytes=min_document_bytes,
+        max_document_bytes=max_document_bytes,
+        deduplicate=deduplicate,
         workers=workers,
         compression=compression,
         overwrite=overwrite,
+        restart=restart,
     )
     seconds = time.perf_counter() - start
     tokens = sum(part.tokens for part in info.splits.values())

@@ -14,7 +14,8 @@ from typing import Any, Literal
 import torch
 
 from mosaic_dist.cli import USAGE_EXIT_CODE, fail, run_command
-from mosaic_dist.data.dataset import DatasetInfo
+from mosaic_dist.data.mixture import Corpus
+from mosaic_dist.data.settings import read_data_word
 from mosaic_dist.errors import UserError
 from mosaic_dist.model import Counts, Transformer, count_parameters
 from mosaic_dist.parallel import (
@@ -73,22 +74,22 @@ def resolve(run: Run, ds_config: str | None, world_size: int, local_size: int) -
     return Resolved(run, counts, precision, degree, world_size, accumulation, config)
 
 
-def check_data(run: Run) -> DatasetInfo:
+def check_data(run: Run) -> Corpus:
     """The run's dataset, after checking that model and data fit each other. Raises UserError."""
     info = run.data.load()
     if info.vocab_size > run.model.vocab:
         raise UserError(
-            f"{run.data.path} has a vocabulary of {info.vocab_size} tokens, but model.vocab is {run.model.vocab}; "
+            f"{info.path} has a vocabulary of {info.vocab_size} tokens, but model.vocab is {run.model.vocab}; "
             f"use --model.vocab {info.vocab_size}, or tokenize with a smaller vocabulary"
         )
     if info.seq_len % run.seq_len:
         raise UserError(
-            f"{run.data.path} holds sequences of {info.seq_len} tokens, which do not divide into the run's "
+            f"{info.path} holds sequences of {info.seq_len} tokens, which do not divide into the run's "
             f"{run.seq_len}; use --data.seq_len {info.seq_len}, or tokenize with --seq_len {run.seq_len}"
         )
     if run.exact_match_samples and info.answer_loss is None:
         raise UserError(
-            f"exact_match_samples is {run.exact_match_samples}, but the rows of {run.data.path} are no questions with "
+            f"exact_match_samples is {run.exact_match_samples}, but the rows of {info.path} are no questions with "
             "an answer each; use --exact_match_samples 0, or data made by `python -m data_prep.arithmetic`"
         )
     return info
@@ -130,8 +131,9 @@ def main(run: Run) -> None:
         local_rank: int | None = None,  # the deepspeed launcher's own word; the environment says the same
         **overrides: Any,
     ) -> None:
-        short = {"data.path": data, "parallel.expert_parallel": expert_parallel}
-        changed = override(run, overrides | {path: value for path, value in short.items() if value is not None})
+        short = {} if data is None else read_data_word(data)
+        short |= {} if expert_parallel is None else {"parallel.expert_parallel": expert_parallel}
+        changed = override(run, overrides | short)
         if start(changed, ds_config, output or f"runs/{changed.name}", stop_at_step, max_minutes, dry_run):
             sys.exit(INTERRUPTED_EXIT_CODE)
 
@@ -199,7 +201,8 @@ already is continued from its newest checkpoint.
 
   --ds_config FILE      DeepSpeed JSON (ds_configs/); without it ZeRO stage 1
   --output DIR          run folder; default runs/NAME
-  --data DIR            dataset made by `python -m data_prep.tokenize_to_mds`
+  --data DIR            dataset made by `python -m data_prep.tokenize_to_mds`; or several to mix: DIR=0.7,DIR=0.3;
+                        for DIR also a URL (s3://bucket/folder), with --data.cache DIR
   --initial_model DIR   start from the weights of an exported model, or of a Hugging Face folder
   --expert_parallel N   ranks that share the experts of a layer; "auto" by default
   --stop_at_step N      save a checkpoint and stop there; start again to go on

@@ -1,5 +1,6 @@
 """Run: everything that defines an experiment, in one value."""
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -110,12 +111,15 @@ MAY_CHANGE = (
     "checkpoint.",
     "logging.",
     "data.path",
+    "data.cache",
     "data.workers",
     "data.verify",
     "micro_batch",
     "precision",
 )
 """Fields that belong to the cluster rather than to the experiment: a run may be continued with others."""
+STREAM_PATH = re.compile(r"data\.streams(\[\d+\])?\.path")
+"""So does the place of each stream of a mixture."""
 
 
 def differences(old: Run, new: Run) -> Iterator[str]:
@@ -128,7 +132,9 @@ def differences(old: Run, new: Run) -> Iterator[str]:
 
 def _settled(run: Run) -> Iterator[tuple[str, Any]]:
     yield "model.blocks", f"{len(run.model.blocks)} layers"  # equal blocks are one leaf each, however many they are
-    yield from (leaf for leaf in leaves(run) if not leaf[0].startswith(MAY_CHANGE))
+    for path, value in leaves(run):
+        if not path.startswith(MAY_CHANGE) and not STREAM_PATH.fullmatch(path):
+            yield path, value
 
 
 SHOWN_DIFFERENCES = 8

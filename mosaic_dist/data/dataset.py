@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NotRequired, Self, TypedDict
 
 from mosaic_dist.data.answer import AnswerLoss
 from mosaic_dist.data.mds import INDEX_NAME
@@ -13,7 +13,20 @@ from mosaic_dist.files import checksum
 
 DATASET_NAME = "dataset.json"
 FORMAT_VERSION = 1
+LISTED_SOURCES = 20  # in a summary
 MADE_BY = "python -m data_prep.tokenize_to_mds"  # or another tool of data_prep
+
+
+class SourceInfo(TypedDict):
+    """What came from one input: documents that are in the dataset, bytes of their text, and tokens with EOS.
+
+    Datasets of the first versions know the names only.
+    """
+
+    name: str
+    documents: NotRequired[int]
+    text_bytes: NotRequired[int]
+    tokens: NotRequired[int]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,9 +62,11 @@ class DatasetInfo:
     eos_id: int
     splits: dict[str, SplitInfo]
     options: dict[str, Any]
-    sources: list[str]
+    sources: list[SourceInfo]
     skipped_files: int
     empty_documents: int
+    filtered_documents: int = 0  # too short or too long
+    duplicate_documents: int = 0
     answer_loss: AnswerLoss | None = None
     format_version: int = FORMAT_VERSION
 
@@ -73,7 +88,8 @@ class DatasetInfo:
                 )
             splits = {name: SplitInfo(**split) for name, split in data.pop("splits").items()}
             answer = data.pop("answer_loss", None)
-            info = cls(path=path, splits=splits, answer_loss=answer and AnswerLoss(**answer), **data)
+            sources = [SourceInfo(name=item) if isinstance(item, str) else item for item in data.pop("sources")]
+            info = cls(path=path, splits=splits, sources=sources, answer_loss=answer and AnswerLoss(**answer), **data)
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{file} is damaged ({type(error).__name__}: {error}); prepare the data again") from None
         info._check_files()
@@ -135,8 +151,21 @@ class DatasetInfo:
                 f"  {name:<11} {split.samples:,} samples, {content}, {split.shards} shards, "
                 f"{split.shard_bytes / 1e6:,.1f} MB"
             )
-        if self.skipped_files or self.empty_documents:
-            lines.append(
-                f"  passed over: {self.skipped_files} files that are no text, {self.empty_documents} empty texts"
-            )
+        if len(self.sources) > 1:
+            lines += [_source_line(source) for source in self.sources[:LISTED_SOURCES]]
+            lines += [f"  ... {len(self.sources)} inputs in all"] * (len(self.sources) > LISTED_SOURCES)
+        passed_over = {
+            "files that are no text": self.skipped_files,
+            "empty texts": self.empty_documents,
+            "documents too short or too long": self.filtered_documents,
+            "copies": self.duplicate_documents,
+        }
+        if any(passed_over.values()):
+            lines.append(f"  passed over: {', '.join(f'{count:,} {what}' for what, count in passed_over.items())}")
         return "\n".join(lines)
+
+
+def _source_line(source: SourceInfo) -> str:
+    """One input in a summary."""
+    counts = f"{source['documents']:,} documents, {source['tokens']:,} tokens" if "tokens" in source else "not counted"
+    return f"  from {source['name']}: {counts}"

@@ -1,5 +1,7 @@
 """Documents to token arrays, by a pool of processes, in order and in bounded memory.
 
+A long document is encoded in pieces, because the tokenizer needs about 100 bytes for each byte of text at a time.
+
 Light imports only: each worker process imports this file.
 """
 
@@ -9,19 +11,35 @@ import dataclasses
 import multiprocessing
 import multiprocessing.connection
 import os
+import re
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
+from typing import Any
 
 import numpy as np
 import xxhash
 
+from mosaic_dist.data.documents import Chosen, Mark
 from mosaic_dist.data.tokenizer import Tokenizer, no_threads
 from mosaic_dist.errors import UserError
 
 BATCH_BYTES = 1 << 20  # of text; a longer document is a batch of its own
 BATCH_DOCUMENTS = 8192
+PIECE_CHARACTERS = 1 << 20  # that are encoded at a time: part of what makes the tokens
+# A new line behind the end of another: the splitting rules of GPT-2, GPT-4 and Llama 3 all end a piece of text there.
+LINE_START = re.compile(r"(?<=\S\n)(?=\S)")
 TRAIN, VALIDATION = "train", "validation"
+
+
+@dataclasses.dataclass
+class Batch:
+    """Texts of one input that are encoded together, and the mark behind them."""
+
+    texts: list[str]
+    source: int
+    mark: Mark
+    characters: int
 
 
 @dataclasses.dataclass
@@ -44,43 +62,76 @@ def token_dtype(vocab_size: int) -> str:
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
+def pieces(text: str) -> Iterator[str]:
+    """A text cut to at most PIECE_CHARACTERS: at a line's start, or where there is none, at any character.
+
+    The cuts depend on the text alone. Byte-level tokenizers give the same tokens for a text cut at lines as for the
+    whole; a cut within a line, and tokenizers that mark the start of a text (SentencePiece's do), may change the few
+    tokens beside it.
+    """
+    begin = 0
+    while len(text) - begin > PIECE_CHARACTERS:
+        end = limit = begin + PIECE_CHARACTERS
+        for stop in range(limit, begin, -1024):  # mostly the first: lines are short
+            starts = [found.start() for found in LINE_START.finditer(text, max(stop - 1024, begin + 1), stop)]
+            if starts:
+                end = starts[-1]
+                break
+        yield text[begin:end]
+        begin = end
+    yield text[begin:]
+
+
 def encode_batch(tokenizer: Tokenizer, texts: list[str], validation_fraction: float) -> list[Encoded]:
     """Tokens of a batch by split, documents in order; splits without a document are left out."""
     dtype = token_dtype(tokenizer.vocab_size)
     parts: dict[str, list[np.ndarray]] = collections.defaultdict(list)
+    documents: collections.Counter[str] = collections.Counter()
     sizes: collections.Counter[str] = collections.Counter()
-    for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+    is_short = max(map(len, texts)) <= PIECE_CHARACTERS
+    encoded = tokenizer.encode_batch(texts) if is_short else [None] * len(texts)
+    for text, ids in zip(texts, encoded, strict=True):
         data = text.encode()
         split = split_of(data, validation_fraction)
+        documents[split] += 1
         sizes[split] += len(data)
-        parts[split].append(np.array([*ids, tokenizer.eos_id], dtype))
-    return [Encoded(split, np.concatenate(found), len(found), sizes[split]) for split, found in parts.items()]
+        if ids is None:
+            parts[split] += [np.array(tokenizer.encode(piece), dtype) for piece in pieces(text)]
+            ids = []
+        ids.append(tokenizer.eos_id)
+        parts[split].append(np.array(ids, dtype))
+    return [Encoded(split, np.concatenate(found), documents[split], sizes[split]) for split, found in parts.items()]
 
 
-def batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    """Group documents to about BATCH_BYTES of text; the length in characters stands for the bytes."""
-    batch: list[str] = []
-    size = 0
-    for text in documents:
-        if batch and (size + len(text) > BATCH_BYTES or len(batch) == BATCH_DOCUMENTS):
+def batches(documents: Iterable[Chosen]) -> Iterator[Batch]:
+    """Group documents of one input to about BATCH_BYTES of text; the length in characters stands for the bytes."""
+    batch: Batch | None = None
+    for text, source, mark in documents:
+        if batch is not None and (
+            batch.characters + len(text) > BATCH_BYTES or len(batch.texts) == BATCH_DOCUMENTS or source != batch.source
+        ):
             yield batch
-            batch, size = [], 0
-        batch.append(text)
-        size += len(text)
-    if batch:
+            batch = None
+        if batch is None:
+            batch = Batch([], source, mark, 0)
+        batch.texts.append(text)
+        batch.mark = mark
+        batch.characters += len(text)
+    if batch is not None:
         yield batch
 
 
 def encode_documents(
-    documents: Iterable[str], tokenizer: Tokenizer, validation_fraction: float, workers: int
-) -> Iterator[Encoded]:
-    """Tokens of all documents, in order whatever the number of workers; one worker means this process.
+    documents: Iterable[Chosen], tokenizer: Tokenizer, validation_fraction: float, workers: int
+) -> Iterator[tuple[int, Mark, list[Encoded]]]:
+    """Input, mark and tokens of each batch, in order whatever the number of workers; one worker means this process.
 
-    At most 2 batches per worker are in flight. The first failure, here or in a worker, ends everything.
+    At most 2 batches per worker are in flight, and beyond 2 * BATCH_BYTES of text per worker only one more. The first
+    failure, here or in a worker, ends everything.
     """
     if workers == 1:
-        for texts in batches(documents):
-            yield from encode_batch(tokenizer, texts, validation_fraction)
+        for batch in batches(documents):
+            yield batch.source, batch.mark, encode_batch(tokenizer, batch.texts, validation_fraction)
         return
     pool = concurrent.futures.ProcessPoolExecutor(
         workers,
@@ -89,18 +140,29 @@ def encode_documents(
         initializer=_start_worker,
         initargs=(tokenizer.to_json(), validation_fraction),
     )
+    pending: collections.deque[tuple[Batch, concurrent.futures.Future[list[Encoded]]]] = collections.deque()
+
+    def take() -> tuple[int, Mark, list[Encoded]]:
+        batch, future = pending.popleft()
+        return batch.source, batch.mark, future.result()
+
     try:
-        pending: collections.deque[concurrent.futures.Future[list[Encoded]]] = collections.deque()
-        for texts in batches(documents):
-            pending.append(pool.submit(_work, texts))
-            if len(pending) > 2 * workers:
-                yield from pending.popleft().result()
+        for batch in batches(documents):
+            future = pool.submit(_work, batch.texts)
+            batch.texts = []  # the pool holds them as long as they are needed
+            pending.append((batch, future))
+            while len(pending) > 2 * workers or _characters(pending) > 2 * workers * BATCH_BYTES:
+                yield take()
         while pending:
-            yield from pending.popleft().result()
+            yield take()
     except BrokenProcessPool:
         raise UserError("a tokenising worker was killed, most likely for memory: use fewer --workers") from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _characters(pending: Iterable[tuple[Batch, Any]]) -> int:
+    return sum(batch.characters for batch, _ in pending)
 
 
 _worker: tuple[Tokenizer, float] | None = None

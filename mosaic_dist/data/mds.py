@@ -1,4 +1,4 @@
-"""The parts of mosaicml-streaming that are used: MDS writing, MDS reading, the shuffle. Nothing else imports it.
+"""The parts of mosaicml-streaming that are used: the MDS format, the shuffle, downloads. Nothing else imports it.
 
 Importing `streaming` takes several seconds (it pulls in torchvision and cloud clients), so the functions do it when
 called, and a `--help` or a tokenising worker never pays for it.
@@ -11,7 +11,8 @@ them leaves nothing on the host and knows no rank.
 """
 
 import importlib
-from typing import Any
+import os
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -41,17 +42,69 @@ def check_compression(compression: str | None) -> None:
         raise UserError(f"compression {compression!r} is unknown; known: {', '.join(families)}, with a level: zstd:1")
 
 
-def open_writer(folder: str, dtype: str, length: int, compression: str | None, shard_bytes: int) -> Any:
-    """A streaming `MDSWriter` of one fixed-length column of token ids: `write({COLUMN: ids})`, then `finish()`."""
+def open_writer(folder: str, dtype: str, length: int, compression: str | None, shard_bytes: int | None) -> Any:
+    """A streaming `MDSWriter` of one fixed-length column of token ids: `write({COLUMN: ids})`, then `finish()`.
+
+    `shard_bytes` None: all in one shard.
+    """
     encoding = f"ndarray:{dtype}:{length}"
     return _streaming("format").MDSWriter(
         columns={COLUMN: encoding}, out=folder, compression=compression, hashes=[HASH], size_limit=shard_bytes
     )
 
 
-def open_reader(folder: str, entry: dict[str, Any]) -> Any:
-    """A streaming `MDSReader` of one shard of an index: `get_item(i)[COLUMN]`. It opens the file for each sample."""
-    return _streaming("format").reader_from_json(folder, None, entry)
+def import_for_reading() -> None:
+    """Import what the functions below need, which takes seconds, so that workers that are forked later have it."""
+    for part in ("compression", "hashing", "shuffle"):
+        _streaming(part)
+
+
+def check_entry(entry: dict[str, Any], dtype: str, length: int) -> None:
+    """ValueError, KeyError or TypeError where an entry of an index is not of one column of `length` ids of a dtype."""
+    form = (entry["version"], entry["format"], entry["column_names"], entry["column_encodings"], entry["column_sizes"])
+    expected = (2, "mds", [COLUMN], [f"ndarray:{dtype}:{length}"], [length * np.dtype(dtype).itemsize])
+    if form != expected:
+        raise ValueError(f"(version, format, columns, encodings, sizes) are {form}, not {expected}")
+    for file in (entry["raw_data"], entry["zip_data"]):
+        if file is not None and (
+            os.path.basename(file["basename"]) != file["basename"] or file["bytes"] < 1 or HASH not in file["hashes"]
+        ):
+            raise ValueError(f"a file is told as {file}")
+    if entry["samples"] < 1 or entry["raw_data"] is None or (entry["zip_data"] and not entry["compression"]):
+        raise ValueError(f"{entry['samples']} samples in {entry['raw_data']}, {entry['compression']!r}")
+
+
+def first_row(file: BinaryIO, rows: int, row_bytes: int) -> int:
+    """Where the rows of an MDS shard begin, all of one size: row i lies at `first_row + i * row_bytes`.
+
+    A shard is the number of rows, where each begins and the last ends (uint32 all), a description, and the rows.
+    ValueError where it holds another number of rows, or rows of other sizes.
+    """
+    head = np.frombuffer(os.pread(file.fileno(), 4 * (rows + 2), 0), np.uint32).astype(np.int64)
+    if len(head) != rows + 2 or head[0] != rows or (np.diff(head[1:]) != row_bytes).any():
+        raise ValueError(f"its head does not tell {rows} rows of {row_bytes} bytes")
+    return int(head[1])
+
+
+def download(url: str, path: str, timeout_seconds: float) -> None:
+    """Bring an object to a path that does not exist yet, by streaming's downloader for the URL's scheme.
+
+    It raises what that raises, of many libraries, and may leave parts of the file or others beside it. Only the waiting
+    for an answer is bounded by the time. The settings are streaming's: S3_ENDPOINT_URL, GCS_KEY and others.
+    """
+    storage = _streaming("storage.download")
+    scheme = url.partition("://")[0]
+    if scheme != "file" and scheme not in storage.DOWNLOADER_MAPPINGS:
+        known = sorted({*filter(None, storage.DOWNLOADER_MAPPINGS), "file"})
+        raise UserError(f"nothing here fetches {url}: known are {', '.join(f'{name}://' for name in known)}")
+    place, key = url.removeprefix("file://"), (os.getpid(), scheme)
+    downloader = _downloaders.pop(key, None) or storage.CloudDownloader.get(place)
+    downloader.download(place, path, timeout_seconds)
+    _downloaders[key] = downloader  # not after a failure: the next attempt makes a new one
+
+
+_downloaders: dict[tuple[int, str], Any] = {}
+"""By process and scheme: a client takes long to make, and its connections must not be shared with a forked worker."""
 
 
 def file_hash(algorithm: str, data: bytes) -> str:

@@ -1,28 +1,52 @@
 """Random access to the samples of a split, from MDS shards that are checked before they are believed.
 
 Every process reads by itself: no shared memory, no process group, nothing left behind by kill -9, and any number of
-jobs on one host. A missing, cut or altered shard is a UserError that names the file.
+jobs on one host. A missing, cut or altered shard is a UserError that names the file. Rows are read from open files, one
+call each; not from maps of them, since a file that is cut while it is mapped ends the process without a word.
 """
 
+import functools
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
 from mosaic_dist.data import mds
+from mosaic_dist.data.answer import AnswerLoss
 from mosaic_dist.data.dataset import DatasetInfo
+from mosaic_dist.data.remote import RemoteDataset, fetch
 from mosaic_dist.errors import UserError
 
-MEND = "copy the dataset again, or prepare it again"
+OPEN_FILES = 64  # at a time; more shards than that are rarely in use, and 1,024 files is a usual limit of a process
+
+
+class Samples(Protocol):
+    """Rows that are read by number."""
+
+    seq_len: int
+    dtype: np.dtype
+    answer_loss: AnswerLoss | None
+
+    def __len__(self) -> int: ...
+
+    def read(self, samples: np.ndarray) -> np.ndarray:
+        """Tokens [B, seq_len + 1] of samples given by number, in `dtype`."""
+
+
+class _Opened(NamedTuple):
+    file: BinaryIO
+    first_row: int
 
 
 class Shards:
     """Samples of one split, cut to `seq_len`, which must divide the dataset's: sample i is part i % parts of one there.
 
     With an `answer_loss` rows are never parted: padding alone is cut off, and a `seq_len` that cuts more is refused.
-    The sizes of all files are checked here, the hash of a shard (`hashes=True`) before its first sample is read.
+    The sizes of all files are checked here, the hash of a shard (`hashes=True`) before its first sample is read. Shards
+    of a remote dataset are fetched before that, and always checked then.
     """
 
     def __init__(self, info: DatasetInfo, split: str, seq_len: int | None = None, hashes: bool = True):
@@ -36,15 +60,34 @@ class Shards:
                 f"{self.answer_loss.row_tokens} tokens and needs {self.answer_loss.row_tokens - 1} or more"
             )
         self.parts = 1 if self.answer_loss is not None else info.seq_len // self.seq_len
-        self.folder, self.hashes, self.dtype = info.path / split, hashes, info.dtype
-        self.entries = info.index(split)
+        self.folder, self.hashes, self.dtype = info.path / split, hashes, np.dtype(info.dtype)
+        self.row_bytes = (info.seq_len + 1) * self.dtype.itemsize
+        self.url = f"{info.url}/{split}" if isinstance(info, RemoteDataset) else None
+        self.mend = "copy the dataset again, or prepare it again"
+        if self.url is not None:
+            self.mend = f"remove it from the cache, and it is fetched from {self.url} again"
+        self.entries = self._entries(info, split)
         for entry in self.entries:
-            self._check_size(entry["zip_data"] or entry["raw_data"])
+            self._check_at_start(entry)
         self.shard_samples = np.array([entry["samples"] * self.parts for entry in self.entries], np.int64)
         self.ends = self.shard_samples.cumsum()
-        # All readers now: workers that are forked later find `streaming` imported.
-        self._readers = [mds.open_reader(str(self.folder), entry) for entry in self.entries]
         self._ready: set[int] = set()
+        self._opened: dict[int, _Opened] = {}  # in order of use
+        mds.import_for_reading()
+
+    def _entries(self, info: DatasetInfo, split: str) -> list[dict[str, Any]]:
+        try:
+            entries = info.index(split)
+            for entry in entries:
+                mds.check_entry(entry, info.dtype, info.seq_len + 1)
+            if not entries:
+                raise ValueError("it names no shards")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{self.folder / mds.INDEX_NAME} does not describe shards of this dataset ({type(error).__name__}: "
+                f"{error}); {self.mend}"
+            ) from None
+        return entries
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -52,46 +95,78 @@ class Shards:
     def read(self, samples: np.ndarray) -> np.ndarray:
         """Tokens [B, seq_len + 1] of samples given by number, in the dataset's dtype."""
         tokens_BT = np.empty((len(samples), self.seq_len + 1), self.dtype)
-        for row_T, sample in zip(tokens_BT, samples, strict=True):
-            shard = int(np.searchsorted(self.ends, sample, side="right"))
-            inside, part = divmod(int(sample - self.ends[shard] + self.shard_samples[shard]), self.parts)
-            row_T[:] = self._read_whole(shard, inside)[part * self.seq_len : (part + 1) * self.seq_len + 1]
+        shards = np.searchsorted(self.ends, samples, side="right")
+        rows, parts = np.divmod(samples - self.ends[shards] + self.shard_samples[shards], self.parts)
+        offsets = rows * self.row_bytes + parts * self.seq_len * self.dtype.itemsize
+        for row_T, shard, offset in zip(tokens_BT, shards.tolist(), offsets.tolist(), strict=True):
+            opened = self._open(shard)
+            if os.preadv(opened.file.fileno(), [row_T], opened.first_row + offset) != row_T.nbytes:
+                raise UserError(f"shard {opened.file.name} was cut while it was read; {self.mend}")
         return tokens_BT
 
-    def _read_whole(self, shard: int, inside: int) -> np.ndarray:
-        if shard not in self._ready:
-            self._make_ready(self.entries[shard])
+    def _open(self, shard: int) -> _Opened:
+        """A shard, checked at its first use. Where many are open, the one whose last use is longest ago is closed."""
+        opened = self._opened.pop(shard, None)
+        if opened is None:
+            opened = self._open_checked(self.entries[shard], shard in self._ready)
             self._ready.add(shard)
+            if len(self._opened) >= OPEN_FILES:
+                self._opened.pop(next(iter(self._opened))).file.close()
+        self._opened[shard] = opened
+        return opened
+
+    def _open_checked(self, entry: dict[str, Any], is_ready: bool) -> _Opened:
+        if not is_ready:
+            self._make_ready(entry)
+        path = self.folder / entry["raw_data"]["basename"]
         try:
-            return self._readers[shard].get_item(inside)[mds.COLUMN]
-        except (OSError, ValueError, IndexError) as error:
-            name = self.folder / self.entries[shard]["raw_data"]["basename"]
-            raise UserError(f"shard {name} changed while it was read ({error}); {MEND}") from None
+            file = open(path, "rb", buffering=0)  # noqa: SIM115 - open while it is in use
+        except OSError as error:
+            raise UserError(f"shard {path} cannot be read ({error.strerror}); {self.mend}") from None
+        try:
+            return _Opened(file, mds.first_row(file, entry["samples"], self.row_bytes))
+        except ValueError as error:
+            file.close()
+            raise UserError(f"shard {path} is damaged: {error}; {self.mend}") from None
 
     def _make_ready(self, entry: dict[str, Any]) -> None:
-        """Check a shard and, where only its compressed form is there, inflate it beside that."""
-        if entry["zip_data"] is None:
-            if self.hashes:
-                self._check_content(entry["raw_data"], self._read_file(entry["raw_data"]))
+        """Check a shard, after fetching it if it is remote, and inflate it where only its compressed form is there."""
+        raw, packed = entry["raw_data"], entry["zip_data"]
+        if packed is None:
+            if not self._fetch(raw) and self.hashes:
+                self._check_content(raw, self._read_file(raw))
             return
-        raw = self.folder / entry["raw_data"]["basename"]
-        inflated = raw.exists() and raw.stat().st_size == entry["raw_data"]["bytes"]
-        if inflated and (not self.hashes or _matches(entry["raw_data"], raw.read_bytes())):
+        path = self.folder / raw["basename"]
+        inflated = path.exists() and path.stat().st_size == raw["bytes"]
+        if inflated and (not self.hashes or _matches(raw, path.read_bytes())):
             return
-        packed = self._read_file(entry["zip_data"])
-        self._check_content(entry["zip_data"], packed)
-        data = mds.inflate(entry["compression"], packed)
-        self._check_content(entry["raw_data"], data)
-        _write_shared(raw, data)
+        self._fetch(packed)
+        data = self._read_file(packed)
+        self._check_content(packed, data)
+        data = mds.inflate(entry["compression"], data)
+        self._check_content(raw, data)
+        _write_shared(path, data)
+
+    def _fetch(self, file: dict[str, Any]) -> bool:
+        """Whether a file was fetched just now, and so is as it should be."""
+        if self.url is None:
+            return False
+        name = file["basename"]
+        return fetch(f"{self.url}/{name}", self.folder / name, functools.partial(_problem, file))
+
+    def _check_at_start(self, entry: dict[str, Any]) -> None:
+        file = entry["zip_data"] or entry["raw_data"]
+        if self.url is None or (self.folder / file["basename"]).exists():
+            self._check_size(file)
 
     def _check_size(self, file: dict[str, Any]) -> None:
         path = self.folder / file["basename"]
         try:
             size = path.stat().st_size
         except OSError as error:
-            raise UserError(f"shard {path} cannot be read ({error.strerror}); {MEND}") from None
+            raise UserError(f"shard {path} cannot be read ({error.strerror}); {self.mend}") from None
         if size != file["bytes"]:
-            raise UserError(f"shard {path} has {size:,} bytes, the index says {file['bytes']:,}; {MEND}")
+            raise UserError(f"shard {path} has {size:,} bytes, the index says {file['bytes']:,}; {self.mend}")
 
     def _read_file(self, file: dict[str, Any]) -> bytes:
         self._check_size(file)
@@ -99,7 +174,36 @@ class Shards:
 
     def _check_content(self, file: dict[str, Any], data: bytes) -> None:
         if not _matches(file, data):
-            raise UserError(f"shard {self.folder / file['basename']} is damaged: its {mds.HASH} is wrong; {MEND}")
+            raise UserError(f"shard {self.folder / file['basename']} is damaged: its {mds.HASH} is wrong; {self.mend}")
+
+
+class Joined:
+    """The samples of several splits, numbered one after the other from 0. All have one length and one `answer_loss`."""
+
+    def __init__(self, parts: Sequence[Samples]):
+        self.parts, self.seq_len, self.answer_loss = parts, parts[0].seq_len, parts[0].answer_loss
+        self.dtype = np.result_type(*(part.dtype for part in parts))
+        self.ends = np.array([len(part) for part in parts], np.int64).cumsum()
+        self.starts = self.ends - [len(part) for part in parts]
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def read(self, samples: np.ndarray) -> np.ndarray:
+        """See `Samples`."""
+        tokens_BT = np.empty((len(samples), self.seq_len + 1), self.dtype)
+        owners = np.searchsorted(self.ends, samples, side="right")
+        for number in np.unique(owners):
+            mine = owners == number
+            tokens_BT[mine] = self.parts[number].read(samples[mine] - self.starts[number])
+        return tokens_BT
+
+
+def _problem(file: dict[str, Any], path: Path) -> str | None:
+    data = path.read_bytes()
+    if len(data) != file["bytes"]:
+        return f"it has {len(data):,} bytes, the index says {file['bytes']:,}"
+    return None if _matches(file, data) else f"it is damaged: its {mds.HASH} is wrong"
 
 
 def _matches(file: dict[str, Any], data: bytes) -> bool:

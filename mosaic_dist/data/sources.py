@@ -5,48 +5,79 @@ over, because source trees hold images; they are counted and told.
 """
 
 import glob
-import io
-import json
 import os
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from mosaic_dist.data.documents import Document, Place
+from mosaic_dist.data.readers import read_file, text_of
 from mosaic_dist.errors import UserError
 
 STDLIB = "stdlib"  # the word for the running Python's own sources
 STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib"}
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+START = Place()
+
+Found = tuple[str, int, int, int, int, int]  # text, number of the input, and file, row, offset, done_bytes of a Place
 
 
 class Documents:
-    """The texts, to be iterated, and what a progress bar and a report want to know about them.
+    """The texts, to be iterated, and what a progress bar, a report and a preparation that goes on want to know of them.
 
     `total_bytes` is the size of the input files (None where it is not known), `done_bytes` how much of it is read,
-    `skipped` the files that are no UTF-8 text, `empty` the number of empty texts, which are passed over. Iterating
-    raises UserError when there is no document at all.
+    `skipped` the number of files that are no UTF-8 text, `empty` of empty texts, which are passed over. `identity`
+    tells what makes the texts the same in another process (None where nothing does). Iterating raises UserError when
+    there is no document at all.
     """
 
-    def __init__(self, sources: list[str], total_bytes: int | None, read: "Callable[[Documents], Iterator[str]]"):
-        self.sources, self.total_bytes, self._read = sources, total_bytes, read
-        self.done_bytes, self.empty, self.skipped = 0, 0, list[str]()
+    def __init__(
+        self,
+        sources: list[str],
+        total_bytes: int | None,
+        read: "Callable[[Documents, Place], Iterator[Found]]",
+        identity: Callable[[], dict[str, Any]] | None = None,
+    ):
+        self.sources, self.total_bytes, self._read, self._identity = sources, total_bytes, read, identity
+        self.done_bytes = self.empty = self.skipped = 0
 
     def __iter__(self) -> Iterator[str]:
-        self.done_bytes, self.empty, self.skipped = 0, 0, []
-        found = False
-        for text in self._read(self):
-            if text:
-                found = True
-                yield text
-            else:
+        return (document.text for document in self.read())
+
+    def read(self, start: Place = START) -> Iterator[Document]:
+        """Documents behind a place that an earlier reading has told."""
+        self.done_bytes, self.empty, self.skipped = start.done_bytes, start.empty, start.skipped
+        found = start != START
+        for text, source, file, row, offset, done_bytes in self._read(self, start):
+            self.done_bytes = done_bytes
+            if not text:
                 self.empty += 1
+                continue
+            found = True
+            place = Place(
+                file=file, row=row, offset=offset, done_bytes=done_bytes, empty=self.empty, skipped=self.skipped
+            )
+            yield Document(text, source, place)
         if not found:
-            skipped = f", {len(self.skipped)} files that are no UTF-8 text" if self.skipped else ""
-            raise UserError(f"no documents in {', '.join(self.sources)} ({self.empty} empty texts{skipped})")
+            skipped = f", {self.skipped} files that are no UTF-8 text" if self.skipped else ""
+            named = ", ".join(self.sources) or "the texts given"
+            raise UserError(f"no documents in {named} ({self.empty} empty texts{skipped})")
+
+    def identity(self) -> dict[str, Any] | None:
+        """What must be equal for a place of one process to mean the same in another."""
+        return self._identity and self._identity()
+
+
+def given_documents(texts: Iterable[str]) -> Documents:
+    """Texts that are at hand; a preparation of them cannot go on in another process."""
+
+    def read(_: Documents, start: Place) -> Iterator[Found]:
+        assert start == START, "nobody knows whether the texts are the same"
+        for row, text in enumerate(texts, 1):
+            yield text, 0, 0, row, 0, 0
+
+    return Documents([], None, read)
 
 
 def read_documents(inputs: Iterable[str], field: str = "text") -> Documents:
@@ -57,31 +88,37 @@ def read_documents(inputs: Iterable[str], field: str = "text") -> Documents:
     `stdlib` stands for the Python standard library's sources without site-packages, idlelib and tests.
     """
     inputs = list(inputs)
-    files: dict[str, bool] = {}  # path -> whether the user named this very file
-    for item in inputs:
+    files: dict[str, tuple[int, bool]] = {}  # path -> the first input with it, and whether an input is this very file
+    for number, item in enumerate(inputs):
         for path in _expand(item):
-            files[path] = files.get(path, False) or path == item
+            first, named = files.get(path, (number, False))
+            files[path] = first, named or path == item
     if not files:
         raise UserError(f"no files in {', '.join(inputs) or 'an empty list of inputs'}")
-    sizes = {path: os.path.getsize(path) for path in files}
+    status = {path: os.stat(path) for path in files}
 
-    def read(state: Documents) -> Iterator[str]:
+    def read(state: Documents, start: Place) -> Iterator[Found]:
         before = 0
-        for path, named in files.items():
-            try:
-                for text, done_bytes in _read_file(path, field):
-                    state.done_bytes = before + done_bytes
-                    yield text
-            except UnicodeDecodeError as error:
-                if named:
-                    raise UserError(f"{path} is not UTF-8 text (byte {error.start}: {error.reason})") from None
-                state.skipped.append(path)
-            except OSError as error:  # pyarrow's errors of damaged files are OSErrors too
-                raise UserError(f"{path} cannot be read: {error}") from None
-            before += sizes[path]
+        for file, (path, (source, named)) in enumerate(files.items()):
+            if file >= start.file:
+                row, offset = (start.row, start.offset) if file == start.file else (0, 0)
+                try:
+                    for found in read_file(path, field, row, offset):
+                        yield found.text, source, file, found.row, found.offset, before + found.done_bytes
+                except UnicodeDecodeError as error:
+                    if named:
+                        raise UserError(f"{path} is not UTF-8 text (byte {error.start}: {error.reason})") from None
+                    state.skipped += 1
+                except (OSError, pa.ArrowInvalid) as error:  # pyarrow's other errors of damaged files are OSErrors
+                    raise UserError(f"{path} cannot be read: {error}") from None
+            before += status[path].st_size
             state.done_bytes = before
 
-    return Documents(inputs, sum(sizes.values()), read)
+    def identity() -> dict[str, Any]:
+        found = {os.path.abspath(path): [file.st_size, file.st_mtime_ns] for path, file in status.items()}
+        return {"input": inputs, "field": field, "files": found}
+
+    return Documents(inputs, sum(file.st_size for file in status.values()), read, identity)
 
 
 def _expand(item: str) -> list[str]:
@@ -107,84 +144,41 @@ def _walk(folder: str, skipped: Iterable[str] = ()) -> list[str]:
     return sorted(files)
 
 
-def _read_file(path: str, field: str) -> Iterator[tuple[str, int]]:
-    """(text, bytes of the file that are read) of each document in a file."""
-    stem, suffix = os.path.splitext(path)
-    if suffix == ".parquet":
-        yield from _read_parquet(path, field)
-    elif suffix == ".jsonl" or (suffix in COMPRESSIONS and stem.endswith(".jsonl")):
-        yield from _read_jsonl(path, field, COMPRESSIONS.get(suffix))
-    else:
-        data = Path(path).read_bytes()
-        yield data.decode("utf-8"), len(data)
-
-
-def _read_jsonl(path: str, field: str, compression: str | None) -> Iterator[tuple[str, int]]:
-    with open(path, "rb") as raw:
-        # pyarrow's stream reads files of several frames and, unlike zstandard's, complains about a cut one.
-        inflated = compression and io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw), compression))
-        for number, line in enumerate(inflated or raw, 1):
-            place = f"{path}:{number}"
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                raise UserError(f"{place} is not UTF-8 text (byte {error.start} of the line)") from None
-            except json.JSONDecodeError as error:
-                raise UserError(f"{place} is not JSON: {error.msg} at column {error.colno}") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{place} is a {type(row).__name__}, not an object with a field {field!r}")
-            yield _text(row, field, place), raw.tell()
-
-
-def _text(row: dict[str, Any], field: str, place: str) -> str:
-    """The field of a row, checked to be text that can be written as UTF-8."""
-    if field not in row:
-        raise UserError(f"{place} has no field {field!r}; it has: {', '.join(map(str, row)) or 'none'}")
-    text = row[field]
-    if not isinstance(text, str):
-        raise UserError(f"{place}: field {field!r} is {type(text).__name__}, not text")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair
-        raise UserError(f"{place}: field {field!r} is not Unicode text ({error.reason})") from None
-    return text
-
-
-def _read_parquet(path: str, field: str) -> Iterator[tuple[str, int]]:
-    try:
-        file = pq.ParquetFile(path)
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{path} is not a whole Parquet file: {error}") from None
-    with file:
-        if field not in file.schema_arrow.names:
-            raise UserError(f"{path} has no field {field!r}; it has: {', '.join(file.schema_arrow.names)}")
-        groups, row, size = file.num_row_groups, 0, os.path.getsize(path)
-        for group in range(groups):  # the unit of memory: one column of one row group
-            for chunk in file.read_row_group(group, columns=[field]).column(field).chunks:
-                for text in chunk.to_pylist():
-                    yield _text({field: text}, field, f"{path}, row {row}"), size * (group + 1) // groups
-                    row += 1
-
-
 def hugging_face_documents(name: str, split: str = "train", field: str = "text") -> Documents:
-    """Documents of a dataset on the Hugging Face hub (`name` or `name:config`) or in a local folder, streamed."""
-    import datasets  # here, because it takes two seconds that only this function needs
+    """Documents of a dataset on the Hugging Face hub (`name` or `name:config`) or in a local folder, streamed.
 
+    To go on, the rows that are done are read again and passed over. The builder's hash, which covers the revision and
+    the files' dates, tells whether the dataset is the same.
+    """
     path, _, config = name.partition(":")
 
-    def read(_: Documents) -> Iterator[str]:
+    def builder() -> Any:
+        import datasets  # here, because it takes two seconds that only this function needs
+
         try:
-            rows = datasets.load_dataset(path, config or None, split=split, streaming=True)
-            for i, row in enumerate(rows):
-                yield _text(row, field, f"dataset {name}, split {split}, row {i}")
+            return datasets.load_dataset_builder(path, config or None)
+        except Exception as error:
+            raise _failed(name, split, error) from error
+
+    def read(_: Documents, start: Place) -> Iterator[Found]:
+        try:
+            rows = builder().as_streaming_dataset(split=split).skip(start.row)
+            for i, row in enumerate(rows, start.row):
+                yield text_of(row, field, f"dataset {name}, split {split}, row {i}"), 0, 0, i + 1, 0, 0
         except UserError:
             raise
-        except Exception as error:  # the package raises many kinds, for the hub, the network and the files
-            raise UserError(f"dataset {name!r}, split {split!r}: {type(error).__name__}: {error}") from error
+        except Exception as error:
+            raise _failed(name, split, error) from error
 
-    return Documents([f"{name} ({split})"], None, read)
+    def identity() -> dict[str, Any]:
+        return {"dataset": name, "split": split, "field": field, "dataset_hash": builder().hash}
+
+    return Documents([f"{name} ({split})"], None, read, identity)
+
+
+def _failed(name: str, split: str, error: Exception) -> UserError:
+    """One error for the many kinds that the package raises, for the hub, the network and the files."""
+    return UserError(f"dataset {name!r}, split {split!r}: {type(error).__name__}: {error}")
 
 
 def choose_documents(

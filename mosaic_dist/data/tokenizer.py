@@ -24,7 +24,9 @@ from mosaic_dist.files import write_atomic
 
 FILE_NAME = "tokenizer.json"
 PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"  # ids 0, 1, 2 of a tokenizer trained here
-SMALLEST_VOCABULARY = 3 + 256  # the special tokens and every byte
+SPECIAL = (PAD, BOS, EOS)
+SMALLEST_VOCABULARY = len(SPECIAL) + 256  # and every byte
+LARGEST_VOCABULARY = 1 << 20  # four times that of any known model; its embedding alone has a thousand million weights
 
 # Names under which foreign tokenizers keep the same three, the likelier first.
 PAD_NAMES = (PAD, "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|padding|>", "<|endofpad|>")
@@ -175,33 +177,45 @@ def train_bpe(texts: Iterable[str], vocab_size: int, min_frequency: int = 2, max
     Reads at most `max_bytes` of text: one to ten GB are plenty, and the word counts are held in memory. Raises
     UserError where the text is too small for the vocabulary.
     """
-    if vocab_size < SMALLEST_VOCABULARY:
-        raise UserError(
-            f"vocab_size ({vocab_size}) must be at least {SMALLEST_VOCABULARY}: 3 special tokens, 256 bytes"
-        )
+    check_vocab_size(vocab_size)
     inner = tokenizers.Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=min_frequency,
-        special_tokens=[PAD, BOS, EOS],
+        special_tokens=list(SPECIAL),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=sys.stderr.isatty(),
     )
-    counted = _Counted(texts, max_bytes)
+    counted = Counted(texts, max_bytes)
     inner.train_from_iterator(counted, trainer)
     found = inner.get_vocab_size(with_added_tokens=True)
     if found < vocab_size:
-        raise UserError(
-            f"{counted.bytes:,} bytes of text gave {found} tokens, vocab_size asks for {vocab_size}: "
-            f"give more text or a vocab_size of {found} or less"
-        )
+        raise too_little(counted.bytes, found, vocab_size)
     return Tokenizer(inner.to_str(), "the trained tokenizer")
 
 
-class _Counted:
-    """The texts with a progress bar, up to a number of bytes."""
+def check_vocab_size(vocab_size: int) -> None:
+    """UserError for a size that no tokenizer trained here can have."""
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise UserError(
+            f"vocab_size ({vocab_size}) must be at least {SMALLEST_VOCABULARY}: 3 special tokens, 256 bytes"
+        )
+    if vocab_size > LARGEST_VOCABULARY:
+        raise UserError(f"vocab_size ({vocab_size}) must be at most {LARGEST_VOCABULARY}; 32768 to 262144 are usual")
+
+
+def too_little(text_bytes: int, found: int, vocab_size: int) -> UserError:
+    """The error of a text that gives no more than `found` tokens."""
+    return UserError(
+        f"{text_bytes:,} bytes of text gave {found} tokens, vocab_size asks for {vocab_size}: "
+        f"give more text or a vocab_size of {found} or less"
+    )
+
+
+class Counted:
+    """The texts with a progress bar, up to a number of bytes; `bytes` of them were read."""
 
     def __init__(self, texts: Iterable[str], max_bytes: int | None):
         self.texts, self.max_bytes, self.bytes = texts, max_bytes, 0

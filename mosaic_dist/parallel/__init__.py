@@ -7,6 +7,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns at every import that it chose so
 
+from mosaic_dist.parallel.board import Board
 from mosaic_dist.parallel.deepspeed_config import Precision, fill_config, read_config, resolve_precision, zero_stage
 from mosaic_dist.parallel.engine import Engine, StepResult
 from mosaic_dist.parallel.exchange import choose_degree, expert_counts, place_experts
@@ -25,6 +26,7 @@ from mosaic_dist.parallel.world import (
 )
 
 __all__ = [
+    "Board",
     "Engine",
     "Parallel",
     "Precision",

@@ -134,10 +134,13 @@ def gather_problems(problem: str | None) -> list[str]:
 FAILED_KEY = "mosaic_dist/failed"
 
 
-def is_first_to_fail() -> bool:
-    """Whether no other rank has asked this before. False, too, where the others are already gone."""
+def is_first_to_fail(store: dist.Store | None = None) -> bool:
+    """Whether no other rank has asked this before. False, too, where the others are already gone.
+
+    A thread asks over a connection of its own to the store.
+    """
     try:
-        return torch.distributed.distributed_c10d._get_default_store().add(FAILED_KEY, 1) == 1
+        return (store or torch.distributed.distributed_c10d._get_default_store()).add(FAILED_KEY, 1) == 1
     except Exception:  # the store went with the rank that failed first
         return False
 

@@ -20,6 +20,7 @@ from mosaic_dist.files import write_atomic
 from mosaic_dist.run_spec import Run, differences, listing
 
 PACKAGES = ("mosaic-dist", "torch", "deepspeed", "mosaicml-streaming", "tokenizers", "safetensors", "numpy")
+BEFORE_RUN_YAML = ("checkpoints", ".lock", "slurm")
 
 
 class RunFolder:
@@ -43,11 +44,17 @@ class RunFolder:
             found = list(differences(Run.from_yaml(self.run_yaml.read_text()), run))
             if found:
                 raise UserError(f"{self.path} holds another run; choose another --output.{listing(found)}")
-        elif self.path.exists() and any(self.path.iterdir()):
+        elif self.path.exists() and not self._is_barely_begun():
             refuse_foreign(self.path)
             raise UserError(f"{self.path} is not empty and holds no run.yaml; choose another --output")
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self._lock()
+
+    def _is_barely_begun(self) -> bool:
+        """Whether nothing is there but what a start leaves that ended before it wrote run.yaml, and SLURM's logs."""
+        others = [path for path in self.path.iterdir() if path.name not in BEFORE_RUN_YAML]
+        others = [path for path in others if not path.name.startswith(f".{self.run_yaml.name}.")]
+        return not others and not (self.checkpoints.exists() and any(self.checkpoints.iterdir()))
 
     def _lock(self) -> None:
         lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held until the process ends

@@ -18,7 +18,7 @@ from mosaic_dist.convert.hugging_face import SafetensorsFolder, import_folder
 from mosaic_dist.convert.hugging_face.rules import check_names
 from mosaic_dist.convert.hugging_face.twin import canonical
 from mosaic_dist.convert.native import FORMAT_VERSION, expected_shapes
-from mosaic_dist.data.dataset import DatasetInfo
+from mosaic_dist.data.mixture import Corpus
 from mosaic_dist.data.tokenizer import FILE_NAME, Tokenizer
 from mosaic_dist.errors import UserError
 from mosaic_dist.files import checksum
@@ -58,7 +58,7 @@ class InitialWeights(Protocol):
         """Every tensor by name, in a form that gives the rows that it is sliced for."""
 
 
-def open_initial(run: Run, info: DatasetInfo, checkpoints: Path) -> InitialWeights | None:
+def open_initial(run: Run, info: Corpus, checkpoints: Path) -> InitialWeights | None:
     """The weights that `run` starts from; None where it starts from its seed, or goes on from a checkpoint.
 
     Reads descriptions and headers only. UserError for a folder of another model or tokenizer, and for tensors that are

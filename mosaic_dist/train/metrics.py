@@ -12,9 +12,11 @@ class MetricsFile:
     """Append-only record of a run. Opened for a run that continues at `step`, it drops what lies beyond.
 
     Fields of a record: `step` (updates done), `tokens` (seen so far), `loss` (mean cross-entropy in nats),
-    `auxiliary_loss`, `learning_rate`, `grad_norm` (before clipping), `skipped`, `step_seconds`, `data_seconds` (waiting
-    for data), `tokens_per_second`, `mfu`, `expert_max_over_mean` (worst layer), and on some steps `validation_loss` and
-    `validation_exact_match` (share of the questions answered to the letter).
+    `auxiliary_loss`, `learning_rate`, `grad_norm` (before clipping), `skipped`, `step_seconds`, `data_seconds` (of
+    these, those that the main process waited for data) and their share `data_share`, `tokens_per_second`, `mfu`,
+    `epoch` (of the data, with its fraction), `expert_max_over_mean` (worst layer), and on some steps `validation_loss`
+    and `validation_exact_match` (share of the questions answered to the letter). Of a mixture there are `epoch/NAME`
+    and `validation_loss/NAME` for each stream; `validation_loss` is their mean by proportion.
 
     Every `logging.experts_every_steps` there is also `experts`, with an object for each block that has experts, by its
     name in the model (`blocks.1`). All but the last of its fields are of the step's global batch: `load` (choices per

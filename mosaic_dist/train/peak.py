@@ -5,15 +5,7 @@ import time
 import torch
 import torch.distributed as dist
 
-DATASHEET_BF16 = {
-    "T4": 65e12,  # fp16; the card has no bf16
-    "A100": 312e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-}
-"""Dense 16-bit matrix rates of NVIDIA's datasheets, in operations per second; the first name contained wins."""
+from mosaic_dist.hardware import device_called
 
 PROBE_SIZE = 1024
 PROBE_SECONDS = 0.2
@@ -22,14 +14,14 @@ PROBE_SECONDS = 0.2
 def peak_flops_per_second(device: torch.device) -> tuple[float, str]:
     """Operations per second that all ranks together could reach, and where the number comes from.
 
-    A GPU of the table counts with its datasheet's 16-bit rate; anything else is measured by float32 matrix products,
-    on all ranks at the same time, since CPU ranks share cores and memory. Every rank must call.
+    A GPU that `hardware` knows counts with its datasheet's 16-bit rate; anything else is measured by float32 matrix
+    products, on all ranks at the same time, since CPU ranks share cores and memory. Every rank must call.
     """
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for key, rate in DATASHEET_BF16.items():
-            if key in name:
-                return rate * dist.get_world_size(), f"datasheet 16-bit rate of {key}"
+        known = device_called(torch.cuda.get_device_name(device))
+        if known is not None:
+            rate = known.rate(known.natural_precision)
+            return rate * dist.get_world_size(), f"datasheet 16-bit rate of {known.name}"
     total = torch.tensor(_measure_matmul(device), dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.item(), "measured float32 matrix product"

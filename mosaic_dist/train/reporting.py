@@ -51,13 +51,17 @@ class Metrics:
             "skipped": result.skipped,
             "step_seconds": trainer.step_seconds,
             "data_seconds": trainer.data_seconds,
+            "data_share": trainer.data_seconds / trainer.step_seconds,
             "tokens_per_second": result.tokens / trainer.step_seconds,
             "mfu": self.speed.mfu(result.tokens, trainer.step_seconds),
         }
+        epochs = trainer.loader.epochs
+        values |= {f"epoch/{name}" if name else "epoch": epoch for name, epoch in epochs.items()}
         if loads := loads_by_layer(trainer.run.model, result.expert_load):
             values["expert_max_over_mean"] = max(max_over_mean(load_E) for load_E in loads.values())
         if trainer.validation_loss is not None:
             values["validation_loss"] = trainer.validation_loss
+            values |= {f"validation_loss/{name}": loss for name, loss in trainer.validation_losses.items()}
         if trainer.validation_exact_match is not None:
             values["validation_exact_match"] = trainer.validation_exact_match
         return values
@@ -89,15 +93,21 @@ class ProgressBar:
         self.first_step, self.started, self.last_line = step, time.monotonic(), 0.0
         self.exact_match: float | None = None
         """The last that was measured: most lines fall between two validations."""
+        self.step_seconds = self.data_seconds = 0.0
+        """Of all steps but the first of this start, which also starts the readers."""
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """Advance."""
+        if trainer.progress.step > self.first_step + 1:
+            self.step_seconds += trainer.step_seconds
+            self.data_seconds += trainer.data_seconds
         words = {
             "loss": f"{result.loss:.4f}",
             "lr": f"{trainer.learning_rate:.2e}",
             "norm": f"{result.grad_norm:.2f}",
             "tokens/s": f"{result.tokens / trainer.step_seconds:,.0f}",
             "mfu": f"{self.speed.mfu(result.tokens, trainer.step_seconds):.1%}",
+            "waiting for data": f"{self.data_seconds / max(self.step_seconds, 1e-9):.1%}",
         }
         if trainer.validation_exact_match is not None:
             self.exact_match = trainer.validation_exact_match

@@ -9,7 +9,7 @@ import torch
 
 from mosaic_dist.checkpoint import Checkpoint, CheckpointError, candidates
 from mosaic_dist.checkpoint.engine_state import load_engine
-from mosaic_dist.data.dataset import DatasetInfo
+from mosaic_dist.data.mixture import Corpus, parts_of
 from mosaic_dist.data.stream import Loader, ValidationBatches
 from mosaic_dist.model import Counts, flops_per_token
 from mosaic_dist.parallel import Engine, World, gather_problems, on_main
@@ -22,7 +22,8 @@ from mosaic_dist.train.reporting import Metrics, Plots, ProgressBar, Speed
 from mosaic_dist.train.saving import Saver
 from mosaic_dist.train.telling import say
 from mosaic_dist.train.trackers import make_trackers
-from mosaic_dist.train.trainer import Hook, NonfiniteGuard, Progress, Trainer, Validation
+from mosaic_dist.train.trainer import HeldOutStream, Hook, NonfiniteGuard, Progress, Trainer, Validation
+from mosaic_dist.train.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Start:
     """What a start of a run is made of, all of it checked already."""
 
     run: Run
-    info: DatasetInfo
+    info: Corpus
     config: dict[str, Any]
     """A filled DeepSpeed config."""
     degree: int
@@ -67,10 +68,13 @@ def train_run(start: Start, world: World) -> Trainer:
     if not trainer.is_ending:
         trainer.reasons_to_stop = reasons_to_stop(world, start.deadline, start.signals)
         saver = Saver(folder, start.deadline, trainer)
+        watch = Watch(world, run.parallel.step_limit_seconds, folder.path)
+        trainer.entered = watch.enter
         speed = Speed(flops_per_token(run.model, run.seq_len), peak)
         try:
             trainer.train(make_hooks(trainer, folder, start.info, speed, saver))
         finally:
+            watch.close()
             saver.close()
         say(world, how_it_ended(trainer) + f"; see {folder.path}")
     start.signals.settle()
@@ -122,7 +126,7 @@ def how_it_ended(trainer: Trainer) -> str:
     return f"done: {where}, stopped early: the validation loss has not been below {loss:.4f} since step {step:.0f}"
 
 
-def begin(run: Run, info: DatasetInfo, engine: Engine, checkpoint: Checkpoint | None, until_step: int) -> Trainer:
+def begin(run: Run, info: Corpus, engine: Engine, checkpoint: Checkpoint | None, until_step: int) -> Trainer:
     """A trainer at a checkpoint, or at the start."""
     progress, data_state = Progress(), None
     if checkpoint is not None:
@@ -138,27 +142,32 @@ def begin(run: Run, info: DatasetInfo, engine: Engine, checkpoint: Checkpoint | 
         world_size=engine.world.size,
         seed=run.seed,
         state=data_state,
+        device=engine.world.device,
     )
     return Trainer(run, engine, loader, progress, until_step)
 
 
-def make_hooks(trainer: Trainer, folder: RunFolder, info: DatasetInfo, speed: Speed, saver: Saver) -> list[Hook]:
+def make_hooks(trainer: Trainer, folder: RunFolder, info: Corpus, speed: Speed, saver: Saver) -> list[Hook]:
     """What happens after each step, in this order. The main process alone reports."""
     run, world, step = trainer.run, trainer.engine.world, trainer.progress.step
 
-    def first(samples: int | None) -> ValidationBatches:
-        return ValidationBatches(
+    def first(samples: int | None) -> list[HeldOutStream]:
+        parts = parts_of(info, run.data.split)
+        whole = sum(part.proportion for part in parts)
+        batches = functools.partial(
+            ValidationBatches,
             run.data,
-            info,
             batch=run.micro_batch,
             rank=world.rank,
             world_size=world.size,
             seq_len=run.seq_len,
             limit=samples,
+            device=world.device,
         )
+        return [HeldOutStream(part.name, part.proportion / whole, batches(part.info)) for part in parts]
 
-    held_out = first(run.validation_samples or None) if run.validate_every_steps else None
-    questions = first(run.exact_match_samples) if run.exact_match_samples else None
+    held_out = first(run.validation_samples or None) if run.validate_every_steps else []
+    questions = first(run.exact_match_samples) if run.exact_match_samples else []
     hooks: list[Hook] = [NonfiniteGuard(run.nonfinite), Validation(held_out, questions)]
     if world.is_main:
         hooks.append(Metrics(folder, step, make_trackers(run, folder.path), speed))

@@ -3,13 +3,15 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from mosaic_dist.data.stream import Batch, Loader, ValidationBatches
+from mosaic_dist.data.batch import Batch
+from mosaic_dist.data.stream import Loader, ValidationBatches
 from mosaic_dist.errors import UserError
 from mosaic_dist.parallel import Engine, StepResult
+from mosaic_dist.parallel.engine import HeldOut
 from mosaic_dist.run_spec import Run
 from mosaic_dist.train.interruption import shielded
 
@@ -40,10 +42,14 @@ class Trainer:
         self.validation_loss: float | None = None
         self.validation_exact_match: float | None = None
         """Both of the step that was just done; None where they were not measured."""
+        self.validation_losses: dict[str, float] = {}
+        """Of each stream of a mixture, by name, where the loss was measured."""
         self.reasons_to_stop: dict[str, Callable[[], bool]] = {}
         """Asked on every rank at the end of each step; where any rank says yes, the step is the last one for all."""
         self.interrupted_by: str | None = None
         """The one of these reasons that holds."""
+        self.entered: Callable[[int, str], None] = lambda step, part: None
+        """Told of each part of a step when it begins."""
 
     @property
     def is_ending(self) -> bool:
@@ -63,12 +69,15 @@ class Trainer:
         """Take steps until the end; after each, every hook has its turn, in order."""
         with contextlib.closing(shielded(self.loader)) as batches:
             while not self.is_ending:
-                started = time.perf_counter()
+                step, started = self.progress.step + 1, time.perf_counter()
+                self.entered(step, "data")
                 batch = next(batches)
                 self.data_seconds = time.perf_counter() - started
+                self.entered(step, "update")
                 result = self._step(batch)
                 self.step_seconds = time.perf_counter() - started
                 for hook in hooks:
+                    self.entered(step, type(hook).__name__)
                     hook.after_step(self, result)
 
     def _step(self, batch: Batch) -> StepResult:
@@ -126,31 +135,55 @@ class NonfiniteGuard:
             )
 
 
+class HeldOutStream(NamedTuple):
+    """Held-out rows of one stream. `share` is the part of the training samples that are of this stream."""
+
+    stream: str
+    share: float
+    batches: ValidationBatches
+
+
 class Validation:
     """Measures the loss on held-out data every so many steps and at the run's end, and judges by it.
 
-    `questions` are those rows whose answers are compared to the letter besides.
+    `questions` are those rows whose answers are compared to the letter besides. What is measured of a mixture is the
+    mean over its streams by their shares, so it stands for the mixture, whatever the sizes of the held-out parts.
     """
 
-    def __init__(self, batches: ValidationBatches | None, questions: ValidationBatches | None = None):
-        self.batches, self.questions = batches, questions
+    def __init__(self, held_out: Sequence[HeldOutStream], questions: Sequence[HeldOutStream] = ()):
+        self.held_out, self.questions = held_out, questions
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """Evaluate when due, keep the list of the best, and stop a run that gains nothing any more."""
         trainer.validation_loss = trainer.validation_exact_match = None
+        trainer.validation_losses = {}
         run, progress = trainer.run, trainer.progress
         due = run.validate_every_steps and progress.step % run.validate_every_steps == 0
-        if self.batches is None or not (due or progress.step == run.steps):
+        if not self.held_out or not (due or progress.step == run.steps):
             return
-        with contextlib.closing(shielded(self.batches)) as batches:
-            loss = trainer.engine.evaluate((b.inputs_BT, b.targets_BT, b.documents_BT) for b in batches)
-        trainer.validation_loss = loss
-        if self.questions is not None:
-            with contextlib.closing(shielded(self.questions)) as batches:
-                rows = ((b.inputs_BT, b.targets_BT, b.documents_BT) for b in batches)
-                trainer.validation_exact_match = trainer.engine.exact_match(rows)
+        losses = measure(self.held_out, trainer.engine.evaluate)
+        loss = trainer.validation_loss = mean(self.held_out, losses)
+        if len(losses) > 1:
+            trainer.validation_losses = losses
+        if self.questions:
+            right = measure(self.questions, trainer.engine.exact_match)
+            trainer.validation_exact_match = mean(self.questions, right)
         improved = not progress.best or loss < progress.best[0][0]
         progress.validations_since_best = 0 if improved else progress.validations_since_best + 1
         progress.best = sorted([*progress.best, [loss, progress.step]])[: max(1, run.checkpoint.keep_best)]
         patience = run.early_stopping_patience
         progress.stopped_early = 0 < patience <= progress.validations_since_best
+
+
+def measure(held_out: Sequence[HeldOutStream], figure: Callable[[Iterable[HeldOut]], float]) -> dict[str, float]:
+    """A figure of the engine for each stream, by name. Every rank must call."""
+    found = {}
+    for stream in held_out:
+        with contextlib.closing(shielded(stream.batches)) as batches:
+            found[stream.stream] = figure((b.inputs_BT, b.targets_BT, b.documents_BT) for b in batches)
+    return found
+
+
+def mean(held_out: Sequence[HeldOutStream], figures: Mapping[str, float]) -> float:
+    """The mean over the streams by their shares."""
+    return sum(stream.share * figures[stream.stream] for stream in held_out)

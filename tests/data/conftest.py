@@ -1,3 +1,4 @@
+import filecmp
 import random
 import time
 from pathlib import Path
@@ -35,6 +36,23 @@ def dataset(documents: list[str], tokenizer: Tokenizer, tmp_path_factory: pytest
     return prepare(
         documents, tokenizer, output, SEQ_LEN, validation_fraction=0.2, workers=1, shard_bytes=SEQ_LEN * 2 * 50
     )
+
+
+def same_files(a: Path, b: Path) -> bool:
+    """Whether two folders hold the same files with the same bytes."""
+    names = sorted(str(path.relative_to(a)) for path in a.rglob("*") if path.is_file())
+    assert names == sorted(str(path.relative_to(b)) for path in b.rglob("*") if path.is_file())
+    return filecmp.cmpfiles(a, b, names, shallow=False)[0] == names
+
+
+@pytest.fixture(scope="session")
+def other(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> DatasetInfo:
+    """Another dataset of the same tokenizer, of about a third of the size."""
+    output = tmp_path_factory.mktemp("data") / "other"
+    return prepare(
+        make_documents(100, seed=1), tokenizer, output, SEQ_LEN, validation_fraction=0.2, workers=1,
+        shard_bytes=SEQ_LEN * 2 * 50,
+    )  # fmt: skip
 
 
 def children(process: int) -> list[int]:

@@ -12,12 +12,14 @@ from data_prep.arithmetic import arithmetic
 from mosaic_dist.cli import run_command
 from mosaic_dist.data import Data
 from mosaic_dist.data.arithmetic import arithmetic_tokenizer, prepare_arithmetic, read_rows, split_sizes
+from mosaic_dist.data.batch import FILLER
 from mosaic_dist.data.dataset import DatasetInfo
 from mosaic_dist.data.expressions import Expressions, draw_rows
 from mosaic_dist.data.shards import Shards
-from mosaic_dist.data.stream import FILLER, IGNORE_INDEX, Loader, ValidationBatches
+from mosaic_dist.data.stream import Loader, ValidationBatches
 from mosaic_dist.data.tokenizer import Tokenizer
 from mosaic_dist.errors import UserError
+from mosaic_dist.targets import IGNORE_INDEX
 
 SEQ_LEN = 32
 SPLITS = ("train", "validation", "test")

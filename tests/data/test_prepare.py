@@ -1,4 +1,4 @@
-import filecmp
+import json
 import multiprocessing
 import os
 import signal
@@ -10,24 +10,20 @@ import numpy as np
 import pytest
 import tokenizers
 
+from mosaic_dist.data import mds
 from mosaic_dist.data.dataset import DatasetInfo
 from mosaic_dist.data.encode import split_of
 from mosaic_dist.data.prepare import prepare
 from mosaic_dist.data.shards import Shards
+from mosaic_dist.data.sources import read_documents
 from mosaic_dist.data.tokenizer import Tokenizer
 from mosaic_dist.errors import UserError
-from tests.data.conftest import SEQ_LEN, assert_gone, children, make_documents
+from tests.data.conftest import SEQ_LEN, assert_gone, children, make_documents, same_files
 
 
 def read_split(info: DatasetInfo, split: str) -> np.ndarray:
     shards = Shards(info, split)
     return shards.read(np.arange(len(shards)))
-
-
-def same_files(a: Path, b: Path) -> bool:
-    names = sorted(str(path.relative_to(a)) for path in a.rglob("*") if path.is_file())
-    assert names == sorted(str(path.relative_to(b)) for path in b.rglob("*") if path.is_file())
-    return filecmp.cmpfiles(a, b, names, shallow=False)[0] == names
 
 
 def test_packing_is_what_a_simple_loop_gives(dataset, documents, tokenizer):
@@ -109,6 +105,38 @@ def test_large_vocabulary_takes_uint32(tmp_path):
     )
     assert (info.dtype, info.vocab_size) == ("uint32", 70_001)
     assert (read_split(info, "train") == 70_000).all()
+
+
+def test_inputs_are_counted(documents, tokenizer, tmp_path):
+    for name, texts in (("a", documents[:100]), ("b", documents[100:250]), ("c", documents[250:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    inputs = [str(tmp_path / "b.jsonl"), str(tmp_path / "*.jsonl")]
+    info = prepare(read_documents(inputs), tokenizer, tmp_path / "set", SEQ_LEN, workers=2)
+    expected = []
+    for name, texts in zip(inputs, (documents[100:250], documents[:100] + documents[250:]), strict=True):
+        tokens = sum(len(tokenizer.encode(text)) + 1 for text in texts)
+        size = sum(len(text.encode()) for text in texts)
+        expected.append({"name": name, "documents": len(texts), "text_bytes": size, "tokens": tokens})
+    assert info.sources == expected
+    assert "*.jsonl: 150 documents" in info.summary()
+    file = tmp_path / "set" / "dataset.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"sources": inputs}))  # as the first version wrote it
+    assert DatasetInfo.load(tmp_path / "set").sources == [{"name": name} for name in inputs]
+    assert "b.jsonl: not counted" in DatasetInfo.load(tmp_path / "set").summary()
+
+
+def test_streaming_reads_the_shards(dataset):
+    from streaming.base.format import reader_from_json  # takes seconds
+
+    for split in ("train", "validation"):
+        samples = read_split(dataset, split)
+        begin = 0
+        for entry in dataset.index(split):
+            reader = reader_from_json(str(dataset.path / split), None, entry)
+            assert all((reader.get_item(i)[mds.COLUMN] == samples[begin + i]).all() for i in range(len(reader)))
+            begin += len(reader)
+            assert (dataset.path / split / entry["raw_data"]["basename"]).stat().st_size == entry["raw_data"]["bytes"]
+        assert begin == len(samples)
 
 
 def test_existing_output(documents, tokenizer, tmp_path):

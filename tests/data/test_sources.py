@@ -58,7 +58,7 @@ def test_folder_and_glob(tmp_path):
     write(tmp_path / "b" / "__pycache__" / "x.txt", b"cache")
     found = read_documents([str(tmp_path)])
     assert list(found) == ["zero", "one", "two\r\n"]
-    assert found.skipped == [str(tmp_path / "c" / "picture.png")]
+    assert found.skipped == 1
     assert found.empty == 1
     assert list(read_documents([str(tmp_path / "**" / "*.py"), str(tmp_path / "a.txt")])) == ["two\r\n", "zero"]
     assert next(iter(read_documents([str(tmp_path / "a.txt"), str(tmp_path)]))) == "zero"
@@ -92,6 +92,24 @@ def test_bad_input_is_named(tmp_path, name, data, message):
     path = write(tmp_path / name, data)
     with pytest.raises(UserError, match=message):
         list(read_documents([path]))
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.jsonl", jsonl(["x", "y" * 100]), r"a\.jsonl:2 is longer than 60 bytes.* cut it into several documents"),
+        ("a.jsonl.gz", gzip.compress(jsonl(["x", "y" * 100])), r"a\.jsonl\.gz:2 is longer than 60 bytes"),
+        ("a.txt", b"y" * 61, r"a\.txt is longer than 60 bytes"),
+    ],
+)
+def test_what_does_not_fit_into_memory_is_named(tmp_path, monkeypatch, name, data, message):
+    monkeypatch.setattr("mosaic_dist.data.readers.LONGEST_BYTES", 60)
+    path = write(tmp_path / name, data)
+    with pytest.raises(UserError, match=message):
+        list(read_documents([path]))
+    write(tmp_path / name, b"y" * 60 if name == "a.txt" else jsonl(["x"]) if name == "a.jsonl" else gzip.compress(b""))
+    if name != "a.jsonl.gz":
+        assert len(list(read_documents([path]))) == 1
 
 
 def test_missing_input(tmp_path):

@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from mosaic_dist.data import Data, order
+from mosaic_dist.data.batch import FILLER
 from mosaic_dist.data.dataset import DatasetInfo
 from mosaic_dist.data.order import Order
 from mosaic_dist.data.prepare import prepare
 from mosaic_dist.data.shards import Shards
-from mosaic_dist.data.stream import FILLER, IGNORE_INDEX, Loader, ValidationBatches
+from mosaic_dist.data.stream import Loader, ValidationBatches
 from mosaic_dist.errors import UserError
+from mosaic_dist.targets import IGNORE_INDEX
 from tests.data.conftest import SEQ_LEN, assert_gone, children
 
 BATCH = 8

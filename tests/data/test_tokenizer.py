@@ -45,6 +45,8 @@ def test_too_little_text_names_both_numbers():
         train_bpe(["too little"], 5000)
     with pytest.raises(UserError, match=r"vocab_size \(100\) must be at least 259"):
         train_bpe(["text"], 100)
+    with pytest.raises(UserError, match=r"vocab_size \(2000000\) must be at most 1048576"):
+        train_bpe(["text"], 2_000_000)
 
 
 def test_max_bytes_reads_a_prefix(documents):

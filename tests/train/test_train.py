@@ -11,7 +11,7 @@ from mosaic_dist.run_spec import Run, differences
 from mosaic_dist.spec import SpecError, override
 from mosaic_dist.train.metrics import MetricsFile, read_metrics
 from mosaic_dist.train.plot import plot_loss, smooth
-from mosaic_dist.train.trainer import MAX_SKIPS_IN_A_ROW, NonfiniteGuard, Progress, Trainer, Validation
+from mosaic_dist.train.trainer import MAX_SKIPS_IN_A_ROW, HeldOutStream, NonfiniteGuard, Progress, Trainer, Validation
 from recipes.t4_moe import run
 
 
@@ -63,7 +63,8 @@ class Judge:
 def test_validation_keeps_the_best_and_stops_what_gains_nothing():
     judged = override(run, {"validate_every_steps": 500, "checkpoint.keep_best": 2, "early_stopping_patience": 2})
     trainer = Trainer(judged, Judge([3.0, 2.0, 2.5, 2.25]), None, Progress(), until_step=20_000)
-    validation, seen = Validation([], questions=[]), []
+    held_out = [HeldOutStream("", 1.0, [])]
+    validation, seen = Validation(held_out, held_out), []
     while not trainer.is_ending:
         trainer.progress.step += 250
         validation.after_step(trainer, None)

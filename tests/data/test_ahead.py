@@ -1,0 +1,105 @@
+"""The next batch is made while the step runs, and counts only when it was handed out."""
+
+import contextlib
+import itertools
+import threading
+import time
+
+import pytest
+import torch
+
+from mosaic_dist.data import Data
+from mosaic_dist.data.ahead import one_ahead
+from mosaic_dist.data.stream import Loader, ValidationBatches
+
+
+def test_one_item_is_made_ahead_and_no_more():
+    made, threads, allowed = [], set(), threading.Semaphore(1)
+
+    def items():
+        for number in range(4):
+            allowed.acquire()
+            threads.add(threading.current_thread().name)
+            made.append(number)
+            yield number
+
+    ahead = one_ahead(items())
+    assert next(ahead) == 0
+    assert threads == {threading.current_thread().name}, "worker processes are forked in the caller's thread"
+    allowed.release()
+    while len(made) < 2:  # nobody asked for it
+        time.sleep(0.001)
+    allowed.release()
+    time.sleep(0.05)
+    assert made == [0, 1]
+    assert next(ahead) == 1
+    allowed.release()
+    assert list(ahead) == [2, 3]
+    assert len(threads) == 2
+
+
+def test_an_error_comes_when_its_item_is_asked_for():
+    def items():
+        yield 1
+        yield 2
+        raise ValueError("third")
+
+    ahead = one_ahead(items())
+    assert [next(ahead), next(ahead)] == [1, 2]
+    with pytest.raises(ValueError, match="third"):
+        next(ahead)
+    assert list(one_ahead(iter([]))) == []
+
+
+def test_closing_ends_the_thread():
+    before = threading.active_count()
+    with contextlib.closing(one_ahead(itertools.count())) as ahead:
+        assert next(ahead) == 0
+        assert threading.active_count() == before + 1
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_waiting_for_a_step_hides_the_reading(dataset, monkeypatch, workers):
+    """Reading that takes less than the step costs nothing; the cursor counts what was handed out."""
+    loader = Loader(Data(workers=workers), dataset, global_batch=8, rank=0, world_size=1, seed=1)
+    read, slow_seconds = loader.shards.read, 0.05
+
+    def slow(samples):
+        time.sleep(slow_seconds)
+        return read(samples)
+
+    monkeypatch.setattr(loader.shards, "read", slow)
+    with contextlib.closing(iter(loader)) as batches:
+        next(batches)
+        waited = 0.0
+        for step in range(1, 6):
+            assert loader.state()["cursor"] == 8 * step
+            time.sleep(4 * slow_seconds)  # the step
+            started = time.perf_counter()
+            next(batches)
+            waited += time.perf_counter() - started
+    assert waited < 5 * slow_seconds / 2, "each step waited as long as the reading takes"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_batches_on_the_device_are_those_of_the_cpu(dataset):
+    data = Data(workers=1, document_mask=True)
+    words = {"global_batch": 64, "rank": 0, "world_size": 1, "seed": 1}
+    device = torch.device("cuda", torch.cuda.device_count() - 1)
+    held_out = {"batch": 5, "rank": 0, "world_size": 1}
+    for there, here in (
+        (Loader(data, dataset, **words, device=device), Loader(data, dataset, **words)),
+        (ValidationBatches(data, dataset, **held_out, device=device), ValidationBatches(data, dataset, **held_out)),
+    ):
+        for sent, kept in itertools.islice(zip(there, here, strict=True), 50):
+            # memory that is given to a later batch too early would change under this work
+            busy = torch.randn(1024, 1024, device=device)
+            for _ in range(20):
+                busy = busy @ busy.clamp(-1, 1)
+            for name in ("inputs_BT", "targets_BT", "documents_BT"):
+                on_device, on_cpu = getattr(sent, name), getattr(kept, name)
+                assert on_device.device == device
+                assert torch.equal((on_device + 0 * busy[0, 0].nan_to_num().long()).cpu(), on_cpu)
+            assert sent.sample_ids == kept.sample_ids
