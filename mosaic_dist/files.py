@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, and checksums that prove what is in them."""
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -40,6 +41,10 @@ class SteadyWriter:
         if self._end - self._start >= WRITEBACK_BYTES and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._handle, self._start, self._end - self._start, os.POSIX_FADV_DONTNEED)
             self._start = self._end
+
+
+ASIDE = re.compile(r"\..+\.\d+\.tmp")
+"""Names of files that `write_atomic` has not finished."""
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy
 from matplotlib import cm, colors, ticker
 
+from mosaic_dist.figure import publish, pyplot
 from mosaic_dist.train.experts import Experts
-from mosaic_dist.train.plot import publish, pyplot
 
 HEAT_RECORDS = 20
 """The heat map is over so many of the last records: one step is noise, the whole run hides what is now."""

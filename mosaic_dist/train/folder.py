@@ -3,9 +3,7 @@
 import contextlib
 import fcntl
 import json
-import os
 import platform
-import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -16,11 +14,11 @@ import torch
 
 from mosaic_dist.checkpoint import refuse_foreign
 from mosaic_dist.errors import UserError
-from mosaic_dist.files import write_atomic
+from mosaic_dist.files import ASIDE, write_atomic
 from mosaic_dist.run_spec import Run, differences, listing
 
 PACKAGES = ("mosaic-dist", "torch", "deepspeed", "mosaicml-streaming", "tokenizers", "safetensors", "numpy")
-BEFORE_RUN_YAML = ("checkpoints", ".lock", "slurm")
+BEFORE_RUN_YAML = {"checkpoints", ".lock", "slurm"}
 
 
 class RunFolder:
@@ -49,12 +47,16 @@ class RunFolder:
             raise UserError(f"{self.path} is not empty and holds no run.yaml; choose another --output")
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self._lock()
+        for path in self.path.iterdir():
+            if ASIDE.fullmatch(path.name):  # of a start that was killed
+                path.unlink()
 
     def _is_barely_begun(self) -> bool:
         """Whether nothing is there but what a start leaves that ended before it wrote run.yaml, and SLURM's logs."""
-        others = [path for path in self.path.iterdir() if path.name not in BEFORE_RUN_YAML]
-        others = [path for path in others if not path.name.startswith(f".{self.run_yaml.name}.")]
-        return not others and not (self.checkpoints.exists() and any(self.checkpoints.iterdir()))
+        names = {path.name for path in self.path.iterdir()} - BEFORE_RUN_YAML
+        return all(ASIDE.fullmatch(name) for name in names) and not (
+            self.checkpoints.exists() and any(self.checkpoints.iterdir())
+        )
 
     def _lock(self) -> None:
         lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held until the process ends
@@ -75,9 +77,7 @@ class RunFolder:
         if diff:
             write_atomic(self.path / "git.diff", diff + "\n")
         if not self.tokenizer.exists():
-            aside = self.path / ".tokenizer.json"
-            shutil.copyfile(tokenizer, aside)
-            os.replace(aside, self.tokenizer)
+            write_atomic(self.tokenizer, tokenizer.read_bytes())
 
 
 def environment() -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """What ends a start of a run before its last step: a signal to any rank, or the clock."""
 
+import ctypes
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Generator, Iterable
@@ -26,10 +28,14 @@ LOOK_SECONDS = 1.0
 T = TypeVar("T")
 
 
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
 class StopSignals:
     """Remembers that a stop signal came, for the end of the step; installed for the rest of the process's life.
 
-    Signals after the first change nothing, so they cannot tear a save. Make it on the main thread.
+    Signals after the first change nothing, so they cannot tear a save. Make it on the main thread. A process that a
+    launcher has started gets one when the launcher is killed: nobody would end it, and it would hold the run folder.
     """
 
     def __init__(self) -> None:
@@ -43,6 +49,8 @@ class StopSignals:
         threading.Thread(target=self._watch, name="stop signals", daemon=True).start()
         for number in STOP_SIGNALS:
             signal.signal(number, self._remember)
+        if "RANK" in os.environ and sys.platform == "linux":
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
     def settle(self) -> None:
         """Training is over for all ranks: from here on the signals are ignored.

@@ -5,10 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
+from mosaic_dist.figure import publish, pyplot
 
 EMA_HALF_LIFE_SHARE = 0.02
 """Half-life of the smoothed curve, as a share of the steps shown."""
@@ -43,14 +40,6 @@ def plot_loss(records: Sequence[dict[str, Any]], path: Path, title: str) -> None
     axes.grid(alpha=0.3)
     axes.legend()
     publish(figure, path)
-
-
-def publish(figure: Any, path: Path) -> None:
-    """Write a figure as PNG, so that a reader sees the old one or the new one, and let it go."""
-    aside = path.with_name(f".{path.name}")
-    figure.savefig(aside, dpi=120, format="png")
-    aside.replace(path)
-    pyplot.close(figure)
 
 
 def _measured(records: Sequence[dict[str, Any]], key: str) -> list[tuple[int, float]]:

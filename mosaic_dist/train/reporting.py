@@ -64,7 +64,8 @@ class Metrics:
             values |= {f"validation_loss/{name}": loss for name, loss in trainer.validation_losses.items()}
         if trainer.validation_exact_match is not None:
             values["validation_exact_match"] = trainer.validation_exact_match
-        return values
+        told, trainer.save_told = trainer.save_told, {}
+        return values | told
 
     def _experts(self, trainer: Trainer, result: StepResult) -> Experts:
         """The figures of each layer with experts, where this record is the first one since they became due; or none."""

@@ -26,7 +26,7 @@ class Saver:
     """
 
     def __init__(self, folder: RunFolder, deadline: Deadline, trainer: Trainer):
-        self.folder, self.deadline, self.world = folder, deadline, trainer.engine.world
+        self.folder, self.deadline, self.world, self.trainer = folder, deadline, trainer.engine.world, trainer
         self.background: BackgroundSave | None = None
         self.has_told_of_waiting = False
         if trainer.run.checkpoint.asynchronous:
@@ -65,6 +65,7 @@ class Saver:
         """What follows when a checkpoint is there; in the thread of the save, if it has one."""
         seconds = time.monotonic() - started
         self.deadline.add_save(seconds)
+        self.trainer.save_told = {"save_seconds": seconds, "save_stall_seconds": stall_seconds}
         if self.world.is_main:
             prune(self.folder.checkpoints, policy.keep_last, best, policy.keep_every)
         say(self.world, f"step {step}: saved in {seconds:.2f} s; training waited {stall_seconds:.2f} s")

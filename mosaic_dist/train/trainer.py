@@ -48,6 +48,8 @@ class Trainer:
         """Asked on every rank at the end of each step; where any rank says yes, the step is the last one for all."""
         self.interrupted_by: str | None = None
         """The one of these reasons that holds."""
+        self.save_told: dict[str, float] = {}
+        """What the record of the next step says of a save that was finished since the last: seconds, by name."""
         self.entered: Callable[[int, str], None] = lambda step, part: None
         """Told of each part of a step when it begins."""
 

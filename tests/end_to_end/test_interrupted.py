@@ -1,5 +1,11 @@
 """A stop signal to any rank, or the clock: the run saves, ends with its own exit code, and goes on bitwise."""
 
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +16,7 @@ from mosaic_dist.train.interruption import INTERRUPTED_EXIT_CODE
 from tests.end_to_end.conftest import SMALL, command, deepspeed
 from tests.end_to_end.interrupted import DISK_FULL
 from tests.end_to_end.test_resume import story
+from tests.launch import ROOT, clean_environment
 
 
 def set_fault(monkeypatch: pytest.MonkeyPatch, fault: str, rank: int, step: int) -> None:
@@ -52,6 +59,38 @@ def test_signals_lose_nothing(dataset, tmp_path, monkeypatch):
     one, other = (newest(folder / "checkpoints") for folder in (parts, whole))
     assert one.state == other.state
     assert one.manifest["files"] == other.manifest["files"]  # weights, moments and generators, by checksum
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal for it is Linux's")
+def test_a_killed_launcher_leaves_no_ranks(dataset, tmp_path):
+    """They are told by the kernel, save, and end; the run folder is free again."""
+    folder = tmp_path / "run"
+    words = deepspeed(folder, dataset, "--steps", "2000", "--checkpoint.every_steps", "5000")
+    process = subprocess.Popen(words, cwd=ROOT, env=clean_environment(), start_new_session=True)
+    deadline = time.monotonic() + 150
+    while not any(record["step"] >= 2 for record in story(folder)):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    (launcher,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(launcher), signal.SIGKILL)  # the parent of the ranks
+    process.kill()
+    process.wait()
+    while of_session(process.pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert newest(folder / "checkpoints").step == story(folder)[-1]["step"]
+
+
+def of_session(leader: int) -> list[str]:
+    """Processes whose session began with that process, but for those that are dead already."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, session = path.read_text().rpartition(")")[2].split()[:4]
+            if int(session) == leader and state != "Z":
+                found.append(path.parent.name)
+    return found
 
 
 def test_a_full_disk_ends_the_run_with_one_error(dataset, tmp_path, monkeypatch):

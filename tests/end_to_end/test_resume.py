@@ -75,6 +75,10 @@ def test_the_run_folder_tells_its_story(undisturbed):
     assert losses[-1] < losses[0] - 0.2
     assert [record["step"] for record in story(undisturbed) if record["validation_loss"]] == [6, 12]
     assert len(list((undisturbed / "checkpoints").glob("step_*"))) == 2
+    saves = [record for record in read_metrics(undisturbed / "metrics.jsonl") if "save_seconds" in record]
+    assert {record["step"] for record in saves} <= set(range(5, 13))
+    assert len(saves) in (1, 2)  # of three: the last one is not told, and one can be quicker than the next record
+    assert all(0 <= record["save_stall_seconds"] <= record["save_seconds"] for record in saves)
 
 
 def test_a_finished_run_and_a_foreign_one(undisturbed, dataset):

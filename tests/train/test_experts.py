@@ -134,7 +134,7 @@ def take_steps(tmp_path: Path, steps: range, validated: int = 0, **logging: int)
         run=experiment,
         engine=SimpleNamespace(mixtures=[model.blocks[1].ffn, model.blocks[2].ffn]),
         learning_rate=1e-2, step_seconds=1.0, data_seconds=0.0, validation_exact_match=None,
-        validation_losses={}, loader=SimpleNamespace(epochs={"": 0.5}),
+        validation_losses={}, save_told={}, loader=SimpleNamespace(epochs={"": 0.5}),
     )  # fmt: skip
     result = SimpleNamespace(
         loss=2.0, auxiliary_loss=0.0, grad_norm=1.0, skipped=False, tokens=128, expert_load=LOAD, router=ROUTER
