@@ -12,8 +12,8 @@ class Parallel(Spec):
     `expert_chunks` above 1 bounds the memory that badly balanced routing can take: the tokens of a micro-batch pass the
     experts in so many parts, each computed again in the backward pass. `recompute` says what else is.
     `timeout_seconds` is how long a rank waits in a collective for the others before the run is ended. Before that, a
-    rank that stays for `step_timeout_seconds` in one part of a step (data, update, validation, save, ...) ends it, with
-    a message that says which rank holds the others up, and where; "auto" is half of `timeout_seconds`.
+    rank that stays for `step_timeout_seconds` in one part of a step (data, update, a batch of validation, save, ...)
+    ends it, with a message that says which rank holds the others up, and where; "auto" is half of `timeout_seconds`.
     """
 
     expert_parallel: Positive | Literal["auto"] = "auto"

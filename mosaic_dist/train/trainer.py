@@ -1,9 +1,10 @@
 """The training loop."""
 
 import contextlib
+import functools
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -163,12 +164,13 @@ class Validation:
         due = run.validate_every_steps and progress.step % run.validate_every_steps == 0
         if not self.held_out or not (due or progress.step == run.steps):
             return
-        losses = measure(self.held_out, trainer.engine.evaluate)
+        began = functools.partial(trainer.entered, progress.step, "Validation")
+        losses = measure(self.held_out, trainer.engine.evaluate, began)
         loss = trainer.validation_loss = mean(self.held_out, losses)
         if len(losses) > 1:
             trainer.validation_losses = losses
         if self.questions:
-            right = measure(self.questions, trainer.engine.exact_match)
+            right = measure(self.questions, trainer.engine.exact_match, began)
             trainer.validation_exact_match = mean(self.questions, right)
         improved = not progress.best or loss < progress.best[0][0]
         progress.validations_since_best = 0 if improved else progress.validations_since_best + 1
@@ -177,12 +179,20 @@ class Validation:
         progress.stopped_early = 0 < patience <= progress.validations_since_best
 
 
-def measure(held_out: Sequence[HeldOutStream], figure: Callable[[Iterable[HeldOut]], float]) -> dict[str, float]:
-    """A figure of the engine for each stream, by name. Every rank must call."""
+def measure(
+    held_out: Sequence[HeldOutStream], figure: Callable[[Iterable[HeldOut]], float], began: Callable[[], None]
+) -> dict[str, float]:
+    """A figure of the engine for each stream, by name; `began` is told of each batch. Every rank must call."""
+
+    def rows(batches: Iterable[Batch]) -> Iterator[HeldOut]:
+        for batch in batches:
+            began()  # all of them together may take long
+            yield batch.inputs_BT, batch.targets_BT, batch.documents_BT
+
     found = {}
     for stream in held_out:
         with contextlib.closing(shielded(stream.batches)) as batches:
-            found[stream.stream] = figure((b.inputs_BT, b.targets_BT, b.documents_BT) for b in batches)
+            found[stream.stream] = figure(rows(batches))
     return found
 
 
