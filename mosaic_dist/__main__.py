@@ -14,12 +14,14 @@ from mosaic_dist.convert.verify import verify as verify_all
 from mosaic_dist.convert.weights import CheckpointTensors
 from mosaic_dist.data.arithmetic import read_rows
 from mosaic_dist.data.tokenizer import Tokenizer
+from mosaic_dist.doctor.command import doctor
 from mosaic_dist.errors import UserError
 from mosaic_dist.evaluate.exact_match import answer_all, summarize
 from mosaic_dist.evaluate.generate import Sampling
 from mosaic_dist.evaluate.generate import generate as generate_tokens
 from mosaic_dist.files import write_atomic
 from mosaic_dist.memory import keep_freed_memory
+from mosaic_dist.plan.command import plan
 from mosaic_dist.plan.sizes import size_table
 from mosaic_dist.run_spec import Run
 from mosaic_dist.spec import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat
@@ -205,6 +207,8 @@ def main() -> None:
         "inspect": inspect,
         "verify": verify,
         "recipes": recipes,
+        "plan": plan,
+        "doctor": doctor,
     }
     run_subcommand(commands, "python -m mosaic_dist")
 

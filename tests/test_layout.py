@@ -5,11 +5,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    "errors": 0, "files": 0, "memory": 0, "targets": 0, "spec": 0.1, "cli": 0.2,
+    "errors": 0, "figure": 0, "files": 0, "memory": 0, "targets": 0, "spec": 0.1, "cli": 0.2, "hardware": 0.2,
     "model": 1, "data": 1, "optim": 1,
     "parallel": 2,
     "checkpoint": 3, "convert": 3,
     "run_spec": 4, "train": 5, "evaluate": 5, "plan": 5,
+    "doctor": 5.5,
     "run": 6, "__main__": 6,
 }  # fmt: skip
 DISTRIBUTION = ("torch.distributed", "deepspeed", "mosaic_dist.parallel")

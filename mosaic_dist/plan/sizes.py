@@ -11,18 +11,24 @@ from mosaic_dist.run_spec import Run
 
 
 def recipes_in(folder: str | Path) -> Iterator[tuple[str, Run]]:
-    """(name, run) of every recipe file of a folder, by name. Their `main` is not called. UserError if there is none."""
-    folder = Path(folder).resolve()
+    """(name, run) of every recipe file of a folder, by name. UserError if there is none."""
     found = False
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))  # recipes build on each other
-    for path in sorted(folder.glob("*.py")):
-        run = runpy.run_path(str(path), run_name=path.stem).get("run")
-        if isinstance(run, Run):
+    for path in sorted(Path(folder).glob("*.py")):
+        run = run_in(path)
+        if run is not None:
             found = True
             yield path.stem, run
     if not found:
         raise UserError(f"{folder} holds no recipe (a Python file with a `run`)")
+
+
+def run_in(path: Path) -> Run | None:
+    """The `run` of a Python recipe, whose `main` is not called; None where there is none."""
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)  # recipes build on each other
+    run = runpy.run_path(str(path), run_name=path.stem).get("run")
+    return run if isinstance(run, Run) else None
 
 
 def size_table(folder: str | Path) -> str:

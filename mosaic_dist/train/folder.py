@@ -18,7 +18,7 @@ from mosaic_dist.files import ASIDE, write_atomic
 from mosaic_dist.run_spec import Run, differences, listing
 
 PACKAGES = ("mosaic-dist", "torch", "deepspeed", "mosaicml-streaming", "tokenizers", "safetensors", "numpy")
-BEFORE_RUN_YAML = {"checkpoints", ".lock", "slurm"}
+BEFORE_RUN_YAML = {"checkpoints", ".lock", "slurm", ".doctor"}
 
 
 class RunFolder:

@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy
 
 from mosaic_dist.errors import UserError
+from mosaic_dist.files import write_atomic
 from mosaic_dist.run_spec import Run
 
 
@@ -42,7 +43,7 @@ class WandbTracker:
             config=run.to_dict(),
         )
         self.histogram = wandb.Histogram
-        id_file.write_text(self.run.id)
+        write_atomic(id_file, self.run.id)
 
     def write(self, step: int, values: Mapping[str, float], loads: Mapping[str, Sequence[int]]) -> None:
         """See `Tracker`."""

@@ -84,6 +84,22 @@ def test_grouped_heads_windows_sinks_and_documents(kernel, documents, kv_heads, 
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize(("width", "seen"), [(4, 8), (7, 8), (64, 72)])
+def test_heads_with_a_sink_are_as_wide_as_fused_kernels_want(monkeypatch, width, seen):
+    fused, widths = torch.nn.functional.scaled_dot_product_attention, []
+
+    def noting(q, k, v, **words):
+        widths.append((q.shape[-1], k.shape[-1], v.shape[-1]))
+        return fused(q, k, v, **words)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noting)
+    q, k, v = (torch.randn(2, heads, 5, width) for heads in (4, 2, 2))
+    sinks = torch.randn(4)
+    got = attend(q, k, v, visible=None, sinks_N=sinks)
+    torch.testing.assert_close(got, attend(q, k, v, visible=None, sinks_N=sinks, kernel="explicit"))
+    assert widths == [(seen, seen, width)]
+
+
 def test_soft_cap():
     q, k, v = (torch.randn(1, 2, 5, 4) * 4 for _ in range(3))
     got = attend(q, k, v, visible=None, soft_cap=2.0, kernel="explicit")

@@ -1,6 +1,7 @@
 """What a mixture can do beside choosing: capacity, noise, losses, balancing without a loss, chunks, recomputation."""
 
 import math
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -227,6 +228,21 @@ def test_the_grouped_product_equals_one_expert_after_the_other(kind, bias, dropp
         assert one.dtype == other.dtype
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * one.abs().max().item())
     assert results[0][0].abs().sum() > 0
+
+
+def test_the_grouped_product_lets_go_of_the_tokens_it_was_given():
+    """Behind an exchange they are the arriving rows: one more set of them in each layer."""
+    experts = randomize(SwiGLU(width=8).build_experts(8, 8, EXPERTS))
+    rows = assign(torch.rand(20, K), torch.stack([torch.randperm(EXPERTS)[:K] for _ in range(20)]), None, EXPERTS)
+    given = torch.randn(20, 8, requires_grad=True)
+    arriving = given.clone()
+    kept = weakref.ref(arriving)
+    readers = [Layer(stack.weight, None) for stack in (experts.gate, experts.up)]
+    out = run_grouped(arriving, rows, SwiGLU(width=8).activate, readers, Layer(experts.down.weight, None))
+    del arriving
+    assert kept() is None
+    out.sum().backward()
+    assert given.grad.abs().sum() > 0
 
 
 def saved_bytes(run) -> int:

@@ -24,7 +24,7 @@ def check_told(done: list[subprocess.CompletedProcess[str]], folder: Path) -> tu
     assert 0 not in [process.returncode for process in done]
     told = "".join(process.stdout for process in done)
     assert told.count("the run hangs: 1 of 2 ranks hold the others up") == 1, told
-    (place,) = re.findall(r"^  (rank .*(?:\n    /.*)+)$", told, re.MULTILINE)
+    (place,) = re.findall(r"^  (rank .*(?:\n    \S.*)+)$", told, re.MULTILINE)
     stacks = {path.stem: path.read_text() for path in (folder / "stacks").iterdir()}
     assert "all_reduce" in stacks["rank_00000"]
     return place, stacks

@@ -8,6 +8,9 @@ from torch import Tensor
 from torch.nn import functional
 
 Kernel = Literal["sdpa", "explicit"]
+ALIGNED_WIDTH = 8
+"""Fused kernels with a mask want heads whose width is a multiple of it (check_head_dim_size_mem_efficient in PyTorch's
+aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, 16-bit tensors); others would be computed written out."""
 
 
 def attend(
@@ -65,14 +68,15 @@ def _add_sink_key(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Make the sink an ordinary key: one more dimension, which is 1 in queries and sink / scale in the sink's key.
 
-    Its value is zero. So the fused kernels compute it, gradient included, without a mask that has a gradient.
+    Its value is zero. So the fused kernels compute it, gradient included, without a mask that has a gradient. Zeros
+    after the new dimension fill the heads up to ALIGNED_WIDTH.
     """
-    B, N, T, _ = q_BNTH.shape
-    group = N // k_BGSH.shape[1]
+    B, N, _, H = q_BNTH.shape
+    group, zeros = N // k_BGSH.shape[1], -(H + 1) % ALIGNED_WIDTH
     k_BNSH, v_BNSH = (x.repeat_interleave(group, 1) for x in (k_BGSH, v_BGSH))
-    q = torch.cat([q_BNTH, q_BNTH.new_ones(B, N, T, 1)], -1)
-    sink_key = functional.pad((sinks_N / scale).to(k_BNSH.dtype)[None, :, None, None], (k_BNSH.shape[-1], 0))
-    k = torch.cat([sink_key.expand(B, -1, -1, -1), functional.pad(k_BNSH, (0, 1))], 2)
+    q = functional.pad(functional.pad(q_BNTH, (0, 1), value=1.0), (0, zeros))
+    sink_key = functional.pad((sinks_N / scale).to(k_BNSH.dtype)[None, :, None, None], (H, zeros))
+    k = torch.cat([sink_key.expand(B, -1, -1, -1), functional.pad(k_BNSH, (0, 1 + zeros))], 2)
     v = functional.pad(v_BNSH, (0, 0, 1, 0))
     bias = None if bias is None else functional.pad(bias, (1, 0))
     return q, k, v, functional.pad(visible, (1, 0), value=True), bias

@@ -139,6 +139,7 @@ def _stacks(flat: Sequence[Any]) -> list[_Stack]:
 def run_grouped(x_SD: Tensor, rows: Rows, activate: Activate, inputs: Sequence[Layer], down: Layer) -> Tensor:
     """See `run_experts`."""
     ends_e = rows.counts_E.cumsum(0).to(torch.int32)
+    dtype = x_SD.dtype  # `finish` lives until the backward pass, with all that it names
 
     def bias(bias_eO: Tensor) -> Tensor:
         return bias_eO.repeat_interleave(rows.counts_E, 0, output_size=len(rows.tokens_R))
@@ -148,7 +149,7 @@ def run_grouped(x_SD: Tensor, rows: Rows, activate: Activate, inputs: Sequence[L
         return out_RO if layer.bias_eO is None else out_RO + bias(layer.bias_eO)
 
     def finish(*hidden_RF: Tensor) -> Tensor:
-        weights_R1 = rows.weights_R.to(x_SD.dtype)[:, None]
+        weights_R1 = rows.weights_R.to(dtype)[:, None]
         out_RD = functional.grouped_mm(activate(*hidden_RF) * weights_R1, down.weight_eIO, offs=ends_e)
         return out_RD if down.bias_eO is None else out_RD + weights_R1 * bias(down.bias_eO)
 

@@ -1,0 +1,245 @@
+"""A micro-batch on the meta device: what each part of a model keeps, needs, computes and sends.
+
+The model's own code runs, forward and backward, with true shapes and without memory, over one block of each kind and
+with choices that are dealt out evenly to the experts; `Microbatch` then puts as many blocks together as there are.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mosaic_dist.model import MixtureOfExperts, Recompute, Transformer, apply_recompute
+from mosaic_dist.model.ffn import ffn
+from mosaic_dist.model.ffn.kernel import run_grouped, run_in_turn
+from mosaic_dist.parallel import place_experts
+from mosaic_dist.plan.recorder import Phase, Recorder, Sent, Work, replaced
+
+aten = torch.ops.aten
+
+
+AttentionKernels = Literal["flash", "efficient", "cpu"]
+"""PyTorch's fused attention: of GPUs from compute capability 8.0 on in 16 bits, of other GPUs, of CPUs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What a micro-batch looks like on one rank."""
+
+    model: Transformer
+    degree: int
+    sequences: int
+    seq_len: int
+    dtype: torch.dtype
+    recompute: Recompute
+    expert_chunks: int = 1
+    documents: bool = False
+    """Whether tokens see their own document only, for which attention gets a mask."""
+    attention: AttentionKernels = "flash"
+    grouped: bool = True
+    """Whether all experts are one product."""
+
+
+class Moment(NamedTuple):
+    """A phase of the whole micro-batch in its place."""
+
+    name: str
+    part: str
+    """The block, "embedding" or "head"."""
+    is_backward: bool
+    begin_bytes: int
+    """What earlier phases keep."""
+    peak_bytes: int
+    """The most at a time, that included."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Microbatch:
+    """All phases of a micro-batch, in order. Gradients of parameters count only until they are made."""
+
+    moments: tuple[Moment, ...]
+    work: Counter[Work]
+    sent: Counter[Sent]
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that activations take at a time."""
+        return max(moment.peak_bytes for moment in self.moments)
+
+    @property
+    def kept_bytes(self) -> int:
+        """What lies between forward and backward."""
+        return next(moment.begin_bytes for moment in self.moments if moment.is_backward)
+
+    @property
+    def flops(self) -> int:
+        """Of matrix products and attention, with everything that runs twice."""
+        return sum(work.flops * times for work, times in self.work.items())
+
+
+@functools.cache
+def run_microbatch(setting: Setting) -> Microbatch:
+    """See the module's text. The same for every rank, but for the rows that do not divide evenly."""
+    flags = [_is_recomputed(setting, i) for i in range(len(setting.model.blocks))]
+    kinds = list(dict.fromkeys(zip(setting.model.blocks, flags, strict=True)))
+    of_blocks = [kinds.index(kind) for kind in zip(setting.model.blocks, flags, strict=True)]
+    model = _model_of_kinds(setting, kinds)
+    tokens_BT = torch.empty(setting.sequences, setting.seq_len, dtype=torch.int64, device="meta")
+    recorder = Recorder("meta")
+    _mark_parts(model, recorder)
+    with recorder.alone(), _kernels(setting), recorder:
+        recorder.mark("embedding forward")
+        parts = model(tokens_BT, tokens_BT, tokens_BT if setting.documents else None)
+        loss = parts.cross_entropy_sum + parts.auxiliary
+        recorder.mark("head backward")
+        loss.backward()
+        del parts, loss
+    return _put_together({phase.name: phase for phase in recorder.phases}, of_blocks)
+
+
+def _is_recomputed(setting: Setting, block: int) -> bool:
+    return setting.recompute.parts != "none" and block % setting.recompute.every == 0
+
+
+def without_capacity(model: Transformer) -> Transformer:
+    """The model without limits on the choices of an expert: what is dropped depends on the tokens."""
+
+    def unlimited(block: Any) -> Any:
+        if getattr(block.ffn, "capacity_factor", None) is None:
+            return block
+        return dataclasses.replace(block, ffn=dataclasses.replace(block.ffn, capacity_factor=None, drop="last"))
+
+    return dataclasses.replace(model, blocks=tuple(unlimited(block) for block in model.blocks))
+
+
+def _model_of_kinds(setting: Setting, kinds: list[tuple[Any, bool]]) -> Any:
+    """A model with one block of each kind, as a rank holds it."""
+    spec = dataclasses.replace(setting.model, blocks=tuple(block for block, _ in kinds))
+    with torch.device("meta"):
+        model: Any = without_capacity(spec).build()
+    place_experts(model, setting.degree, 0)
+    for layer in model.modules():
+        if isinstance(layer, MixtureOfExperts):
+            layer.exchange, layer.chunks = EvenRouting(layer.exchange), setting.expert_chunks
+    flagged = [block for block, (_, again) in zip(model.blocks, kinds, strict=True) if again]
+    once: Any = SimpleNamespace(blocks=flagged)
+    apply_recompute(once, Recompute(parts=setting.recompute.parts))
+    return model.to("meta", setting.dtype)  # some buffers are numbers from the start
+
+
+class EvenRouting(nn.Module):
+    """An exchange that is told that every expert got as many rows; the counts are numbers, also on the meta device."""
+
+    def __init__(self, exchange: Any):
+        super().__init__()
+        self.exchange = exchange
+
+    def forward(self, x_SD: Tensor, rows: Any, experts: Any, meanwhile: Any) -> Tensor:
+        """See `LocalExchange.forward`."""
+        R, E = len(rows.tokens_R), len(rows.counts_E)
+        counts_E = (torch.arange(E + 1) * R // E).diff()  # what does not divide is spread over the ranks, too
+        return self.exchange(x_SD, rows._replace(counts_E=counts_E), experts, meanwhile)
+
+    def total_counts(self, counts_E: Tensor) -> Tensor:
+        """See `LocalExchange.total_counts`."""
+        return self.exchange.total_counts(counts_E)
+
+
+def _mark_parts(model: Any, recorder: Recorder) -> None:
+    """Begin a phase where a block begins, forward and backward, and let go of each gradient once it is made."""
+
+    def entering(part: str, before: str, _: Any, inputs: tuple[Any, ...]) -> None:
+        inputs[0].register_hook(lambda _: recorder.mark(f"{before} backward"))
+        recorder.mark(f"{part} forward")
+
+    parts = {f"blocks.{i}": block for i, block in enumerate(model.blocks)} | {"head": model.norm}
+    for (name, part), before in zip(parts.items(), ["embedding", *parts], strict=False):
+        part.register_forward_pre_hook(functools.partial(entering, name, before))
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(_forget_gradient)
+
+
+def _forget_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+@contextlib.contextmanager
+def _kernels(setting: Setting) -> Iterator[None]:
+    """Let experts and attention take the kernels that they would take on the device, which torch asks a tensor for."""
+
+    def grouped(x_SD: Tensor, rows: Any, *rest: Any) -> Tensor:
+        return run_grouped(x_SD, rows._replace(counts_E=rows.counts_E.to(x_SD.device)), *rest)
+
+    written_out = functional.scaled_dot_product_attention  # which is what the meta device makes of it
+    attention = functools.partial(fused_attention, setting.attention, written_out)
+    with (
+        replaced(ffn, run_experts=grouped if setting.grouped else run_in_turn),
+        replaced(functional, scaled_dot_product_attention=attention),
+    ):
+        yield
+
+
+ALIGNMENT_BYTES = 16
+"""A head's width is a multiple of so much for the memory-efficient kernel (torch's sdp_utils.cpp)."""
+
+
+def fused_attention(
+    kind: AttentionKernels,
+    written_out: Callable[..., Tensor],
+    q_BNTH: Tensor,
+    k_BGSH: Tensor,
+    v_BGSH: Tensor,
+    *,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float,
+    enable_gqa: bool,
+) -> Tensor:
+    """`scaled_dot_product_attention` by the kernel that torch takes on a device; `written_out` where it has none.
+
+    The flash kernel has no masks; the memory-efficient one keeps them as numbers, wants aligned widths, and as many
+    key-value heads as query heads; the one for CPUs wants one width.
+    """
+    heads = q_BNTH, k_BGSH, v_BGSH
+    aligned = all(x.shape[-1] * x.itemsize % ALIGNMENT_BYTES == 0 for x in heads)
+    mask = attn_mask
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.empty_like(mask, dtype=q_BNTH.dtype)
+    if kind == "flash" and mask is None:
+        return aten._scaled_dot_product_flash_attention(*heads, dropout_p, is_causal, scale=scale)[0]
+    if kind == "cpu" and q_BNTH.shape[-1] == v_BGSH.shape[-1]:
+        return aten._scaled_dot_product_flash_attention_for_cpu(
+            *heads, dropout_p, is_causal, attn_mask=mask, scale=scale
+        )[0]
+    if kind != "cpu" and aligned and q_BNTH.shape[1] == k_BGSH.shape[1]:
+        wide = None if mask is None else mask.expand(*q_BNTH.shape[:3], k_BGSH.shape[2])
+        return aten._scaled_dot_product_efficient_attention(*heads, wide, True, dropout_p, is_causal, scale=scale)[0]
+    return written_out(
+        *heads, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+
+
+def _put_together(phases: dict[str, Phase], of_blocks: list[int]) -> Microbatch:
+    """The phases of all blocks, in order, from those of one block of each kind."""
+    forward = [("embedding", "embedding"), *((f"blocks.{i}", f"blocks.{k}") for i, k in enumerate(of_blocks))]
+    forward.append(("head", "head"))
+    moments: list[Moment] = []
+    work: Counter[Work] = Counter()
+    sent: Counter[Sent] = Counter()
+    live = 0
+    for direction, parts in (("forward", forward), ("backward", forward[::-1])):
+        for part, like in parts:
+            phase = phases[f"{like} {direction}"]
+            moments.append(Moment(f"{part} {direction}", part, direction == "backward", live, live + phase.peak_bytes))
+            live += phase.change_bytes
+            work += phase.work
+            sent += phase.sent
+    return Microbatch(tuple(moments), work, sent)

@@ -1,0 +1,111 @@
+"""What a rank sends in a step, by kind, and on which links.
+
+Bytes "handed over" are what goes into each collective (for a gather, what comes out), which can be counted at the
+calls. Bytes "sent" are what then leaves the rank: in a ring of n ranks 2 (n-1)/n of an all-reduce and (n-1)/n of a
+reduce-scatter or gather (Patarasu and Yuan 2009); of an all-to-all what is not for the rank itself.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from mosaic_dist.plan.layout import Group, Layout, Span
+from mosaic_dist.plan.microbatch import Microbatch
+from mosaic_dist.plan.states import holders, is_persistent, padded, piece
+
+SHARE_SENT = {"all-reduce": 2.0, "reduce-scatter": 1.0, "all-gather": 1.0, "all-to-all": 1.0}
+"""Times (n-1)/n."""
+
+
+class Flow(NamedTuple):
+    """All collectives of one kind and purpose in a step."""
+
+    kind: str
+    what: str
+    span: Span
+    handed_over: float
+    """Bytes of this rank."""
+
+    @property
+    def sent(self) -> float:
+        """Bytes that leave the rank."""
+        n = self.span.ranks
+        return self.handed_over * SHARE_SENT[self.kind] * (n - 1) / n
+
+    @property
+    def sent_between(self) -> float:
+        """Of these, bytes to other nodes; of a ring, shared out evenly over the ranks of a node."""
+        n, in_node = self.span
+        if n == in_node:
+            return 0.0
+        return self.handed_over * (n - in_node) / n if self.kind == "all-to-all" else self.sent / in_node
+
+    @property
+    def sent_inside(self) -> float:
+        """Of these, bytes to ranks of the same node."""
+        return self.sent - self.sent_between
+
+
+def step_traffic(layout: Layout, groups: tuple[Group, ...], microbatch: Microbatch) -> list[Flow]:
+    """The flows of a step, those of the losses and norms, a few bytes each, left out."""
+    flows = [*_tokens(layout, microbatch), *_gradients(layout, groups), *_weights(layout, groups)]
+    return [flow for flow in flows if flow.handed_over and flow.span.ranks > 1]
+
+
+def _tokens(layout: Layout, microbatch: Microbatch) -> Iterator[Flow]:
+    """What a micro-batch sends: rows to experts and back, and counts."""
+    spans = {"all-to-all": layout.span(layout.expert_group(0)), "all-reduce": layout.span(range(layout.ranks))}
+    names = {"all-to-all": "rows of tokens", "all-reduce": "loads of experts"}
+    for kind, span in spans.items():
+        each = sum(sent.bytes * times for sent, times in microbatch.sent.items() if sent.kind == kind)
+        yield Flow(kind, names[kind], span, each * layout.accumulation)
+
+
+def _span(layout: Layout, group: Group) -> Span:
+    return layout.span(layout.expert_data_group(0) if group.is_expert else range(layout.ranks))
+
+
+def _by_span(layout: Layout, groups: tuple[Group, ...]) -> dict[tuple[str, Span], list[Group]]:
+    found: dict[tuple[str, Span], list[Group]] = {}
+    for group in groups:
+        found.setdefault(("experts" if group.is_expert else "others", _span(layout, group)), []).append(group)
+    return found
+
+
+def _gradients(layout: Layout, groups: tuple[Group, ...]) -> Iterator[Flow]:
+    """Stage 0 and 1 reduce them once a step, stages 2 and 3 with every micro-batch.
+
+    DeepSpeed's stage 2 reduces by all-reduce, its default, though every rank needs but a part; stage 3 scatters.
+    """
+    times = layout.accumulation if layout.stage > 1 else 1
+    for (whose, span), members in _by_span(layout, groups).items():
+        if layout.stage == 3:
+            elements = sum(piece(layout, group, n) * holders(layout, group) for group in members for n in group.sizes)
+        else:
+            elements = sum(group.elements for group in members)
+        kind = "reduce-scatter" if layout.stage == 3 else "all-reduce"
+        yield Flow(kind, f"gradients of {whose}", span, elements * layout.dtype.itemsize * times)
+
+
+def _weights(layout: Layout, groups: tuple[Group, ...]) -> Iterator[Flow]:
+    """Stages 1 and 2 gather what was updated; stage 3 gathers for each pass, and what stays whole after the update."""
+    for (whose, span), members in _by_span(layout, groups).items():
+        elements = 0.0
+        if layout.stage in (1, 2):
+            elements = sum(padded(layout, group) for group in members)
+        elif layout.stage == 3:
+            for group in members:
+                for n, uses in zip(group.sizes, group.uses, strict=True):
+                    times = 1 if is_persistent(layout, n) else layout.accumulation * gathers(layout, groups, uses)
+                    elements += times * piece(layout, group, n) * holders(layout, group)
+        yield Flow("all-gather", f"weights of {whose}", span, math.ceil(elements) * layout.dtype.itemsize)
+
+
+def gathers(layout: Layout, groups: tuple[Group, ...], uses: int) -> float:
+    """How often stage 3 gathers a weight per micro-batch, on average: for each use in the forward and backward pass.
+
+    Those that are needed again before so many elements of others, or that were prefetched, stay in between.
+    """
+    elements = sum(group.elements for group in groups)
+    stay = max(layout.zero["stage3_max_reuse_distance"], layout.zero["stage3_prefetch_bucket_size"])
+    return 1 + (2 * uses - 1) * (1 - min(1.0, stay / (2 * elements)))

@@ -1,0 +1,194 @@
+"""A micro-batch on the meta device against the same one on the CPU: bytes by torch's allocator, operations by torch."""
+
+import dataclasses
+from functools import partial
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mosaic_dist.model import (
+    GELU,
+    GQA,
+    MHA,
+    MLA,
+    Block,
+    LinearAttention,
+    MoE,
+    Recompute,
+    RoPE,
+    SwiGLU,
+    Transformer,
+    Untied,
+    apply_recompute,
+)
+from mosaic_dist.plan.flops import product_flops
+from mosaic_dist.plan.microbatch import EvenRouting, Setting, run_microbatch
+from mosaic_dist.plan.recorder import Recorder
+from tests.plan.measured_ranks import most_allocated
+
+SEQUENCES, LENGTH = 2, 64
+DIM, VOCAB = 64, 96
+MIXTURE = MoE(expert=SwiGLU(width=48), experts=8, top_k=2, shared_experts=1, balance_weight=0.1)
+small = partial(Transformer, vocab=VOCAB, dim=DIM, context=LENGTH)
+MODELS = {
+    "dense": small(blocks=3 * (Block(attention=MHA(heads=4), ffn=GELU(width=128)),)),
+    "gqa and experts": small(
+        position=RoPE(), blocks=3 * (Block(attention=GQA(heads=4, kv_heads=2), ffn=MIXTURE),), head=Untied()
+    ),
+    "window and sinks": small(
+        position=RoPE(), blocks=2 * (Block(attention=GQA(heads=4, kv_heads=2, sinks=True, window=16), ffn=MIXTURE),)
+    ),
+    "latent": small(blocks=2 * (Block(attention=MLA(heads=4, kv_compression_dim=24), ffn=SwiGLU(width=128)),)),
+    "linear": small(blocks=2 * (Block(attention=LinearAttention(heads=4), ffn=SwiGLU(width=128)),)),
+    "mixed": small(
+        blocks=2
+        * (
+            Block(attention=MHA(heads=4, kernel="explicit"), ffn=SwiGLU(width=128)),
+            Block(attention=MHA(heads=4), ffn=MIXTURE),
+        )
+    ),
+}
+PARTS = ("none", "full", "moe")
+RELATIVE_ERROR = 1e-3
+"""Of the peak: kernels take a few bytes inside an operation, in torch 2.15 at most 32."""
+
+
+def setting(name: str, parts: str, chunks: int = 1) -> Setting:
+    return Setting(
+        MODELS[name],
+        1,
+        SEQUENCES,
+        LENGTH,
+        torch.float32,
+        Recompute(parts=parts),
+        chunks,
+        attention="cpu",
+        grouped=False,
+    )
+
+
+def real(which: Setting):
+    """The model with memory, its experts evenly chosen."""
+    model = which.model.build_initialized(0)
+    for layer in model.modules():
+        if hasattr(layer, "exchange"):
+            layer.router.choose = even_choice(layer.spec.experts, layer.spec.top_k)
+            layer.chunks = which.expert_chunks
+    apply_recompute(model, which.recompute)
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+    return model
+
+
+def even_choice(experts: int, top_k: int):
+    return lambda logits_SE: torch.arange(len(logits_SE) * top_k).view(-1, top_k) % experts
+
+
+def run(model, tokens_BT):
+    parts = model(tokens_BT, tokens_BT)
+    (parts.cross_entropy_sum + parts.auxiliary).backward()
+
+
+@pytest.fixture(scope="module")
+def allocated():
+    """The most bytes at a time by model and recomputation, all in one profile, whose start and end take seconds."""
+    tokens, marks = torch.randint(0, VOCAB, (SEQUENCES, LENGTH)), {}
+    models = {(name, parts): real(setting(name, parts)) for name in MODELS for parts in PARTS}
+    for model in models.values():
+        run(model, tokens)  # what is kept from the first pass on, such as the rotary frequencies
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        for key, model in models.items():
+            with torch.profiler.record_function("/".join(key)):
+                run(model, tokens)
+    events = list(profile.profiler.kineto_results.events())
+    for key in models:
+        (span,) = [event for event in events if event.name() == "/".join(key)]
+        inside = [event for event in events if span.start_ns() <= event.start_ns() <= span.end_ns()]
+        marks[key] = most_allocated(inside)
+    return marks
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("parts", PARTS)
+def test_peak_is_what_the_allocator_gave(allocated, name, parts):
+    peak = run_microbatch(setting(name, parts)).peak_bytes
+    blocks = MODELS[name].blocks
+    again = {"none": 0, "full": len(blocks), "moe": sum(isinstance(block.ffn, MoE) for block in blocks)}[parts]
+    peak += again * torch.get_rng_state().nbytes  # `checkpoint` keeps it in the host's memory, which is the CPU's own
+    assert peak == pytest.approx(allocated[name, parts], rel=RELATIVE_ERROR)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_flops_are_those_that_torch_counts(name):
+    explicit = {"kernel": "explicit"}
+    blocks = tuple(
+        block
+        if name == "linear"
+        else dataclasses.replace(block, attention=dataclasses.replace(block.attention, **explicit))
+        for block in MODELS[name].blocks
+    )
+    model = dataclasses.replace(MODELS[name], blocks=blocks)
+    which = dataclasses.replace(setting(name, "none"), model=model)
+    also = {torch.ops.aten.addmm_: lambda _, a, b, **named: 2 * a[0] * a[1] * b[1]}  # which torch leaves out
+    with FlopCounterMode(display=False, custom_mapping=also) as counter:
+        run(real(which), torch.randint(0, VOCAB, (SEQUENCES, LENGTH)))
+    assert run_microbatch(which).flops == counter.get_total_flops()
+    if name != "linear":  # whose chunks are not whole products of queries and keys
+        assert product_flops(model, LENGTH) * SEQUENCES * LENGTH == counter.get_total_flops()
+
+
+def test_recomputation_adds_a_forward_pass_and_takes_memory():
+    plain, full = (run_microbatch(setting("dense", parts)) for parts in ("none", "full"))
+    blocks = 3 * 2 * SEQUENCES * LENGTH * (4 * DIM * DIM + 2 * DIM * 128)
+    scores = 3 * 2 * 2 * SEQUENCES * LENGTH * LENGTH * DIM // 2
+    assert full.flops - plain.flops in (blocks + scores, blocks + scores - 3 * 2 * SEQUENCES * LENGTH * DIM * 128)
+    assert full.kept_bytes < plain.kept_bytes / 2
+
+
+def test_blocks_are_put_together_as_if_all_had_run():
+    """A model of three equal blocks, against one whose blocks differ in what does not matter for memory.
+
+    The head lets go of the weighted balance loss of every mixture that has run: of two fewer, if one stands for three.
+    """
+    block = MODELS["gqa and experts"].blocks[0]
+    unlike = tuple(
+        dataclasses.replace(block, ffn=dataclasses.replace(MIXTURE, balance_weight=w)) for w in (0.1, 0.2, 0.3)
+    )
+    same = setting("gqa and experts", "none")
+    other = dataclasses.replace(same, model=dataclasses.replace(same.model, blocks=unlike))
+    one, three = run_microbatch(same), run_microbatch(other)
+    assert (one.flops, one.sent) == (three.flops, three.sent)
+    losses = 2 * torch.zeros(()).nbytes
+    assert one.peak_bytes == three.peak_bytes + losses
+    assert one.kept_bytes == three.kept_bytes + losses
+
+
+def test_a_recorder_sees_storages_come_and_go():
+    recorder = Recorder("cpu")
+    with recorder:
+        recorder.mark("one")
+        first = torch.zeros(10)
+        view = first[2:]
+        second = first + 1
+        assert recorder.live_bytes == 2 * first.nbytes
+        recorder.mark("two")
+        del first, second
+        assert recorder.live_bytes == 40  # of which the view is a part
+        del view
+        assert recorder.live_bytes == 0
+    assert [(phase.peak_bytes, phase.change_bytes) for phase in recorder.phases] == [(80, 80), (0, -80)]
+
+
+def test_experts_get_even_numbers_of_rows():
+    seen = []
+
+    class Noting(torch.nn.Module):
+        def forward(self, x, rows, experts, meanwhile):
+            seen.append(rows.counts_E.tolist())
+
+    layer = MIXTURE.build(DIM)
+    rows = type("Rows", (), {"tokens_R": torch.arange(11), "counts_E": torch.empty(4)})
+    rows._replace = lambda counts_E: type("Rows", (), {"counts_E": counts_E})
+    EvenRouting(Noting())(None, rows, layer, None)
+    assert seen == [[2, 3, 3, 3]]
