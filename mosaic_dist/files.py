@@ -25,7 +25,8 @@ WRITEBACK_BYTES = 32 << 20
 class SteadyWriter:
     """Writes to a file and lets the system bring every WRITEBACK_BYTES to the disk at once, instead of at an fsync.
 
-    Otherwise the disk idles while the data is made, and then everybody waits for the disk.
+    Otherwise the disk idles while the data is made, and then everybody waits for the disk. What is there leaves the
+    page cache, so this is not for files that are read again at once.
     """
 
     def __init__(self, handle: int):

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from mosaic_dist.checkpoint.rank_file import byte_view, lay_out
 from mosaic_dist.errors import UserError
-from mosaic_dist.files import SteadyWriter, checksum, write_atomic
+from mosaic_dist.files import checksum, write_atomic
 
 WEIGHTS, INDEX, CHECKSUMS = "model.safetensors", "model.safetensors.index.json", "checksums.json"
 
@@ -51,7 +51,9 @@ def _write(place: _Place, name: str, tensor: Tensor) -> None:
         raise UserError(f"{name} is {found} among the weights, {wanted} in the model")
     with open(place.path, "r+b", buffering=0) as file:
         file.seek(place.offset_bytes)
-        SteadyWriter(file.fileno()).write(byte_view(tensor.detach().cpu().contiguous()))
+        left = byte_view(tensor.detach().cpu().contiguous())
+        while left:  # one call writes at most 2 GiB
+            left = left[file.write(left) :]
 
 
 def _write_headers(folder: Path, planned: Mapping[str, Tensor], max_bytes: int) -> dict[str, _Place]:
