@@ -12,6 +12,7 @@ weights and moments are there (12 bytes per parameter), and then does in turn, s
 Before each reading the files are dropped from the page cache as far as the system lets us. Best of `--rounds`.
 """
 
+import gc
 import os
 import shutil
 import tempfile
@@ -33,7 +34,7 @@ from mosaic_dist.data.tokenizer import train_bpe
 from mosaic_dist.memory import keep_freed_memory
 from mosaic_dist.model import GQA, Block, RMSNorm, RoPE, SwiGLU, Transformer, Untied, count_parameters
 from mosaic_dist.optim import AdamW
-from mosaic_dist.parallel import Engine, fill_config, join_world, leave_world
+from mosaic_dist.parallel import Engine, World, fill_config, join_world, leave_world
 
 OPTIMIZER = AdamW(learning_rate=1e-3)
 TOKENS = 256
@@ -48,9 +49,8 @@ def spec(millions: int) -> Transformer:
     )
 
 
-def trained(model: Transformer) -> Engine:
+def trained(model: Transformer, world: World) -> Engine:
     """An engine after one step."""
-    world = join_world(600)
     config = fill_config(
         {"zero_optimization": {"stage": 1}},
         precision="fp32",
@@ -207,10 +207,10 @@ def main(millions: int | tuple[int, ...] = (100, 400), rounds: int = 3, folder: 
         folder: where to write; a folder of its own is made there and removed.
     """
     keep_freed_memory()
-    engine: Engine | None = None
+    world = join_world(600)
     for size in millions if isinstance(millions, tuple) else (millions,):
         model = spec(size)
-        engine = trained(model)
+        engine = trained(model, world)
         background = BackgroundSave(600)
         engine.before_update = background.wait_for_copy
         watch = Watch()
@@ -228,8 +228,9 @@ def main(millions: int | tuple[int, ...] = (100, 400), rounds: int = 3, folder: 
                 exports(watch, here, model, saved, weights)
                 shutil.rmtree(saved)
         print("\n".join(table(size, watch, size_bytes, 4 * parameters)), flush=True)
-        del engine
-        leave_world()
+        del engine, background  # before the next one takes its memory
+        gc.collect()
+    leave_world()
 
 
 if __name__ == "__main__":
