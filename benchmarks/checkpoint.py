@@ -168,9 +168,11 @@ def exports(watch: Watch, folder: Path, model: Transformer, checkpoint: Path, we
         shutil.copyfile(weights, folder / "copy")
         sync(folder / "copy")
 
+    forget(weights)
     watch.time("cp", copy)
     (folder / "copy").unlink()
     output, tokenizer = folder / "exported", folder / "tokenizer.json"
+    forget(checkpoint)
     watch.time("export", lambda: export_checkpoint(Checkpoint.open(checkpoint), model, "m", tokenizer, output))
     os.replace(output / "model.safetensors", weights)
     shutil.rmtree(output)
@@ -224,8 +226,8 @@ def main(millions: int | tuple[int, ...] = (100, 400), rounds: int = 3, folder: 
             for _ in tqdm(range(rounds), desc=f"{size}M", unit="round", disable=None):
                 disk(watch, here, block, size_bytes)
                 saved = ours(watch, here, engine, background)
-                deepspeeds(watch, here, engine)
                 exports(watch, here, model, saved, weights)
+                deepspeeds(watch, here, engine)
                 shutil.rmtree(saved)
         print("\n".join(table(size, watch, size_bytes, 4 * parameters)), flush=True)
         del engine, background  # before the next one takes its memory
