@@ -22,7 +22,6 @@ from mosaic_dist.parallel import (
     World,
     choose_degree,
     expert_counts,
-    fill_config,
     is_first_to_fail,
     join_world,
     leave_world,
@@ -63,14 +62,7 @@ def resolve(run: Run, ds_config: str | None, world_size: int, local_size: int) -
     precision = resolve_precision(run.precision, raw)
     degree = choose_degree(run.parallel.expert_parallel, experts, world_size, local_size)
     accumulation = run.accumulation(world_size)
-    config = fill_config(
-        raw,
-        precision=precision,
-        micro_batch=run.micro_batch,
-        accumulation=accumulation,
-        world_size=world_size,
-        clip_norm=run.optimizer.clip_norm,
-    )
+    config = run.fill_config(raw, precision, world_size)
     return Resolved(run, counts, precision, degree, world_size, accumulation, config)
 
 

@@ -8,7 +8,7 @@ from mosaic_dist.checkpoint.spec import CheckpointPolicy
 from mosaic_dist.data import Data
 from mosaic_dist.model import Transformer
 from mosaic_dist.optim import Cosine, Optimizer, Schedule
-from mosaic_dist.parallel.deepspeed_config import Precision
+from mosaic_dist.parallel.deepspeed_config import Precision, fill_config
 from mosaic_dist.parallel.spec import Parallel
 from mosaic_dist.spec import NonNegative, Positive, Spec, SpecError, leaves
 
@@ -104,6 +104,19 @@ class Run(Spec):
                 "does not divide them; change batch_tokens, micro_batch or the number of ranks",
             )
         return self.batch_sequences // per_round
+
+    def fill_config(
+        self, config: dict[str, Any], precision: Literal["fp32", "bf16", "fp16"], world_size: int
+    ) -> dict[str, Any]:
+        """A DeepSpeed config with this run's values in it, for so many ranks; see `deepspeed_config.fill_config`."""
+        return fill_config(
+            config,
+            precision=precision,
+            micro_batch=self.micro_batch,
+            accumulation=self.accumulation(world_size),
+            world_size=world_size,
+            clip_norm=self.optimizer.clip_norm,
+        )
 
 
 MAY_CHANGE = (

@@ -8,6 +8,7 @@ from mosaic_dist.checkpoint.folder import final_path
 from mosaic_dist.checkpoint.foreign import refuse_foreign
 from mosaic_dist.checkpoint.manifest import MANIFEST_NAME
 from mosaic_dist.convert.writing import CHECKSUMS
+from mosaic_dist.data.dataset import DATASET_NAME
 from mosaic_dist.errors import UserError
 
 RUN_YAML, CHECKPOINTS = "run.yaml", "checkpoints"
@@ -36,6 +37,8 @@ def locate(path: str | Path) -> Located:
         return Located(path, "checkpoint", run_above(path))
     if (path / RUN_YAML).exists():
         return Located(path, "run", path)
+    if (path / DATASET_NAME).exists():
+        raise UserError(f"{path} is a dataset; python -m data_prep.inspect_dataset and verify_dataset are for those")
     if (path / "config.json").exists() or (path / CHECKSUMS).exists():
         return Located(path, "model", None)
     if path.name.startswith("step_"):

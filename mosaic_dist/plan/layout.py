@@ -10,7 +10,7 @@ import torch
 from mosaic_dist.hardware import Device
 from mosaic_dist.model import Transformer
 from mosaic_dist.optim import Optimizer, parameter_groups
-from mosaic_dist.parallel import choose_degree, expert_counts, fill_config, place_experts, resolve_precision, zero_stage
+from mosaic_dist.parallel import choose_degree, expert_counts, place_experts, resolve_precision, zero_stage
 from mosaic_dist.parallel.engine import split_expert_groups
 from mosaic_dist.run_spec import Run
 
@@ -87,14 +87,7 @@ def make_layout(run: Run, config: dict[str, Any], device: Device, nodes: int, no
     precision = _precision(run, config, device)
     degree = choose_degree(run.parallel.expert_parallel, list(_experts(run.model)), ranks, node_ranks)
     accumulation = run.accumulation(ranks)
-    filled = fill_config(
-        config,
-        precision=precision,
-        micro_batch=run.micro_batch,
-        accumulation=accumulation,
-        world_size=ranks,
-        clip_norm=run.optimizer.clip_norm,
-    )
+    filled = run.fill_config(config, precision, ranks)
     return Layout(run, filled, precision, degree, accumulation, nodes, node_ranks)
 
 

@@ -21,7 +21,7 @@ from mosaic_dist.data import Data
 from mosaic_dist.data.stream import Batch, Loader
 from mosaic_dist.model import SigmoidTopK
 from mosaic_dist.optim import AdamW, Optimizer
-from mosaic_dist.parallel import Engine, StepResult, World, fill_config, join_world, leave_world
+from mosaic_dist.parallel import Engine, StepResult, World, join_world, leave_world
 from mosaic_dist.run_spec import Run
 from mosaic_dist.spec import kinds
 from mosaic_dist.train.session import begin
@@ -72,14 +72,7 @@ def open_run(world: World, data: str, optimizer: str, case: Case, seed: int) -> 
         micro_batch=micro_batch,
         precision=case.precision,
     )
-    config = fill_config(
-        {"zero_optimization": {"stage": case.stage} | ZERO_SETTINGS},
-        precision=case.precision,
-        micro_batch=micro_batch,
-        accumulation=run.accumulation(world.size),
-        world_size=world.size,
-        clip_norm=run.optimizer.clip_norm,
-    )
+    config = run.fill_config({"zero_optimization": {"stage": case.stage} | ZERO_SETTINGS}, case.precision, world.size)
     torch.manual_seed(seed + world.rank)
     return run, Engine(MODEL, run.optimizer, config, case.degree, seed, world)
 

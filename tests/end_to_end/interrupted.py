@@ -7,6 +7,7 @@ The environment says which rank (FAULT_RANK), in which step or in the save of wh
 import errno
 import os
 import signal
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from typing import Any
 import psutil
 from torch import Tensor
 
-from mosaic_dist.checkpoint import store
+from mosaic_dist.checkpoint import background, store
 from mosaic_dist.parallel import Engine, rank_from_environment
 from mosaic_dist.run import main
 from recipes.t4_moe import run
 
 DISK_FULL = "full"
+COPY_DELAY_SECONDS = 1.0
 
 
 def send(number: signal.Signals) -> None:
@@ -59,7 +61,19 @@ def fill_disk(step: int) -> None:
     store.write_tensors = full_write
 
 
+def slow_copies() -> None:
+    """Let the copy of a background save begin so late that an update that does not wait for it would be in it."""
+    copy = background.copy_data
+
+    def late_copy(*words: Any) -> None:
+        time.sleep(COPY_DELAY_SECONDS)
+        copy(*words)
+
+    background.copy_data = late_copy
+
+
 if __name__ == "__main__":
+    slow_copies()
     if rank_from_environment() == int(os.environ["FAULT_RANK"]):
         fault, step = os.environ["FAULT"], int(os.environ["FAULT_STEP"])
         if fault == DISK_FULL:

@@ -75,6 +75,17 @@ def test_validation_keeps_the_best_and_stops_what_gains_nothing():
     assert trainer.progress.stopped_early
 
 
+def test_each_batch_of_a_validation_is_a_part_of_the_step():
+    """Or a long validation would look like a hang."""
+    row, told = SimpleNamespace(inputs_BT=1, targets_BT=2, documents_BT=3), []
+    judge = SimpleNamespace(evaluate=lambda batches: float(len(list(batches))))
+    trainer = Trainer(override(run, {"validate_every_steps": 500}), judge, None, Progress(step=500), until_step=20_000)
+    trainer.entered = lambda step, part: told.append((step, part))
+    Validation([HeldOutStream("", 1.0, 3 * [row])]).after_step(trainer, None)
+    assert trainer.validation_loss == 3.0
+    assert told == 3 * [(500, "Validation")]
+
+
 def test_due():
     trainer = Trainer(run, None, None, Progress(), until_step=10)
     found = []
