@@ -19,7 +19,17 @@ from random import Random
 from tqdm import tqdm
 
 from benchmarks.chaos.aim import MOMENTS
-from benchmarks.chaos.campaign import EVERY_STEPS, STEPS_PER_KILL, Campaign, Kill, Outcome, Setting, story
+from benchmarks.chaos.campaign import (
+    ENDS_IN_A_ROW,
+    EVERY_STEPS,
+    LEAST_STEPS,
+    STEPS_PER_KILL,
+    Campaign,
+    Kill,
+    Outcome,
+    Setting,
+    story,
+)
 from benchmarks.chaos.job import LAUNCHERS, temporary_files
 from benchmarks.chaos.report import render
 from data_prep.tokenize_to_mds import tokenize_to_mds
@@ -91,7 +101,7 @@ def prepare(folder: Path, source: str, kills: int) -> list[str]:
     tokenize_to_mds(
         input=source, tokenizer=str(tokenizer), output=str(data), seq_len=CONTEXT, validation_fraction=0.1, workers=1
     )
-    return [*TINY, "--data", str(data), "--steps", str(STEPS_PER_KILL * kills)]
+    return [*TINY, "--data", str(data), "--steps", str(max(LEAST_STEPS, STEPS_PER_KILL * kills))]
 
 
 def run_all(setting: Setting, modes: list[bool], kills: int, seed: int) -> Outcome:
@@ -110,12 +120,16 @@ def run_all(setting: Setting, modes: list[bool], kills: int, seed: int) -> Outco
         def disturb(mode: bool, kills: int) -> None:
             chance = Random(f"{seed} {mode}")
             moments = deal(kills, chance)
+            ends = 0
             while moments and not outcome.problems and not setting.is_over:
-                name = f"{MODES[mode]}_{len(moments)}"
+                before, name = len(moments), f"{MODES[mode]}_{len(moments)}_{ends}"
                 campaign = Campaign(setting, name, ["--checkpoint.asynchronous", str(mode)], chance, outcome)
                 campaign.disturb(moments, story(undisturbed.folder), tell)
                 campaign.finish()
                 campaign.compare(undisturbed.folder)
+                ends = ends + 1 if len(moments) == before else 0
+                if ends == ENDS_IN_A_ROW:
+                    outcome.problems.append(f"{ENDS_IN_A_ROW} runs ended before they could be killed: {moments[0]}")
 
         shares = [kills // len(modes) + (index < kills % len(modes)) for index in range(len(modes))]
         list(threads.map(disturb, modes, shares))

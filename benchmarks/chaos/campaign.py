@@ -19,6 +19,10 @@ from mosaic_dist.train.metrics import read_metrics
 EVERY_STEPS = 4
 STEPS_PER_KILL = 6
 """About what a start comes forward by before it is killed; a run that gets to its end sooner is followed by another."""
+LEAST_STEPS = 150
+"""Of a run, however few the kills: some seconds on any machine, in which it can be aimed at."""
+ENDS_IN_A_ROW = 5
+"""So many runs that come to their end before anyone could be killed are a problem of the benchmark."""
 END_SECONDS = 30.0
 """When a process was killed, all ranks and readers must be gone within this time."""
 FAILURES_IN_A_ROW = 3

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mosaic_dist.checkpoint import newest, steps
+from mosaic_dist.checkpoint import Checkpoint, newest, steps
+from mosaic_dist.checkpoint.folder import final_path
 from mosaic_dist.parallel.world import free_port
 from mosaic_dist.train.interruption import INTERRUPTED_EXIT_CODE
 from tests.end_to_end.conftest import SMALL, command, deepspeed
@@ -53,12 +54,15 @@ def test_signals_lose_nothing(dataset, tmp_path, monkeypatch):
     done = command(*with_launcher("deepspeed", deepspeed(parts, dataset)))
     assert done.returncode == INTERRUPTED_EXIT_CODE, done.stdout[-4000:]
     check_stopped(parts, 6, done.stdout)
-    done = command(*deepspeed(parts, dataset))
+    set_fault(monkeypatch, DISK_FULL, rank=0, step=99)  # never
+    done = command(*with_launcher("deepspeed", deepspeed(parts, dataset)))
     assert done.returncode == 0, done.stdout[-4000:]
     assert story(parts) == story(whole)
-    one, other = (newest(folder / "checkpoints") for folder in (parts, whole))
-    assert one.state == other.state
-    assert one.manifest["files"] == other.manifest["files"]  # weights, moments and generators, by checksum
+    assert steps(parts / "checkpoints") == steps(whole / "checkpoints") == [8, 12]
+    for step in (8, 12):  # steps went on beside the copy of the first
+        one, other = (Checkpoint.open(final_path(folder / "checkpoints", step)) for folder in (parts, whole))
+        assert one.state == other.state
+        assert one.manifest["files"] == other.manifest["files"]  # weights, moments and generators, by checksum
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal for it is Linux's")

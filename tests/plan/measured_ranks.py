@@ -23,6 +23,8 @@ KINDS = {
     "allgather_into_tensor_coalesced_": "all-gather",
     "alltoall_base_": "all-to-all",
 }
+PROFILED_STEPS = 5
+"""The least of them counts: gloo's threads free what they sent when they get to it, at times long after its use."""
 
 
 class Collectives(TorchDispatchMode):
@@ -87,7 +89,7 @@ def most_allocated(events: Any) -> int:
 
 
 def measure(engine: Engine, inputs: torch.Tensor, targets: torch.Tensor, is_profiled: bool) -> dict[str, Any]:
-    """One step, counted; then another, if what it allocates is to be counted as well."""
+    """One step, counted; then more, if what they allocate is to be counted as well."""
     seen: list[int] = []
     step, counted = engine.deepspeed.step, Collectives()
     forward, backward = engine.deepspeed.forward, engine.deepspeed.backward
@@ -111,9 +113,12 @@ def measure(engine: Engine, inputs: torch.Tensor, targets: torch.Tensor, is_prof
     if not is_profiled:
         return told
     engine.deepspeed.step, engine.deepspeed.forward, engine.deepspeed.backward = step, forward, backward
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        engine.train_step(inputs, targets, LEARNING_RATE)
-    return told | {"most": most_allocated(profile.profiler.kineto_results.events())}
+    most: list[int] = []
+    for _ in range(PROFILED_STEPS):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            engine.train_step(inputs, targets, LEARNING_RATE)
+        most.append(most_allocated(profile.profiler.kineto_results.events()))
+    return told | {"most": min(most)}
 
 
 def main(output: str) -> None:
