@@ -35,13 +35,23 @@ class SteadyWriter:
 
     def write(self, data: memoryview) -> None:
         """Write all of it."""
-        left = data
-        while left:  # one call writes at most 2 GiB, and less on a disk that fills up
-            left = left[os.write(self._handle, left) :]
-        self._end += len(data)
-        if self._end - self._start >= WRITEBACK_BYTES and hasattr(os, "posix_fadvise"):
+        while data:  # one call writes at most 2 GiB, and less on a disk that fills up
+            written = os.write(self._handle, data[:WRITEBACK_BYTES])
+            data = data[written:]
+            self._end += written
+            if self._end - self._start >= WRITEBACK_BYTES:
+                self._hand_over()
+
+    def seek(self, position: int) -> None:
+        """Go on writing at another byte of the file."""
+        if position != self._end:
+            self._hand_over()
+            self._start = self._end = os.lseek(self._handle, position, os.SEEK_SET)
+
+    def _hand_over(self) -> None:
+        if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._handle, self._start, self._end - self._start, os.POSIX_FADV_DONTNEED)
-            self._start = self._end
+        self._start = self._end
 
 
 ASIDE = re.compile(r"\..+\.\d+\.tmp")

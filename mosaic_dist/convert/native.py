@@ -87,7 +87,8 @@ def write_model(
     aside = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    write_weights(aside, planned, pack(tensors, packed, parameter_cast(model, DTYPES[dtype])), max_shard_bytes)
+    cast = pack(tensors, packed, parameter_cast(model, DTYPES[dtype]))
+    known = write_weights(aside, planned, cast, max_shard_bytes)
     config = {
         "model_type": "mosaic_dist",
         "format_version": FORMAT_VERSION,
@@ -98,7 +99,7 @@ def write_model(
     write_atomic(aside / "config.json", json.dumps(config | {"model": model.to_dict()}, indent=2) + "\n")
     if tokenizer is not None:
         shutil.copyfile(tokenizer, aside / "tokenizer.json")
-    write_checksums(aside)
+    write_checksums(aside, known)
     publish_directory(aside, output)
     return output
 

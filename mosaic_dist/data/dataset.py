@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any, NotRequired, Self, TypedDict
 
+import xxhash
+
 from mosaic_dist.data.answer import AnswerLoss
 from mosaic_dist.data.mds import INDEX_NAME
 from mosaic_dist.data.tokenizer import FILE_NAME, Tokenizer
@@ -13,6 +15,7 @@ from mosaic_dist.files import checksum
 
 DATASET_NAME = "dataset.json"
 FORMAT_VERSION = 1
+CHECKSUM = "xxh3_128"  # in dataset.json, of all else that it says
 LISTED_SOURCES = 20  # in a summary
 MADE_BY = "python -m data_prep.tokenize_to_mds"  # or another tool of data_prep
 
@@ -81,6 +84,8 @@ class DatasetInfo:
             raise UserError(f"{path} has no {DATASET_NAME} and so is no dataset; make one with `{MADE_BY}`")
         try:
             data = json.loads(file.read_text(encoding="utf-8"))
+            if data.pop(CHECKSUM, None) not in (_digest(data), None):  # datasets of the first versions have none
+                raise UserError(f"{file} is damaged: it does not match its checksum; prepare the data again")
             if data["format_version"] != FORMAT_VERSION:
                 raise UserError(
                     f"{file} has format {data['format_version']}, this version reads {FORMAT_VERSION}; "
@@ -135,7 +140,7 @@ class DatasetInfo:
         del data["path"]
         if self.answer_loss is None:
             del data["answer_loss"]
-        return json.dumps(data, indent=2) + "\n"
+        return json.dumps(data | {CHECKSUM: _digest(data)}, indent=2) + "\n"
 
     def summary(self) -> str:
         """What was made, for people."""
@@ -163,6 +168,11 @@ class DatasetInfo:
         if any(passed_over.values()):
             lines.append(f"  passed over: {', '.join(f'{count:,} {what}' for what, count in passed_over.items())}")
         return "\n".join(lines)
+
+
+def _digest(description: dict[str, Any]) -> str:
+    """Of what dataset.json says, however it is written."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(description, sort_keys=True))
 
 
 def _source_line(source: SourceInfo) -> str:

@@ -99,23 +99,37 @@ def prepare(
                 if journal.is_due():
                     journal.save(mark, counts, packers, seen)
                 progress.add(mark, encoded)
-        info = DatasetInfo(
-            path=aside / DATA,
-            seq_len=seq_len,
-            dtype=dtype,
-            vocab_size=tokenizer.vocab_size,
-            tokenizer=tokenizer.digest,
-            eos_id=tokenizer.eos_id,
-            options={"validation_from_train": _fill_splits(packers)} | options,
-            splits={name: packer.finish() for name, packer in packers.items()},
-            sources=[_source_info(name, found) for name, found in zip(source.sources, counts, strict=False)],
-            skipped_files=source.skipped,
-            empty_documents=source.empty,
-            filtered_documents=selection.filtered,
-            duplicate_documents=selection.duplicates,
-        )
-        write_description(info, tokenizer)
+        _finish(aside / DATA, packers, tokenizer, source, selection, counts, options)
     return DatasetInfo.load(output)
+
+
+def _finish(
+    folder: Path,
+    packers: dict[str, Packer],
+    tokenizer: Tokenizer,
+    source: Documents,
+    selection: Selection,
+    counts: list[dict[str, int]],
+    options: dict[str, Any],
+) -> None:
+    """Write what is left of each split, and the description of all."""
+    options = {"validation_from_train": _fill_splits(packers)} | options
+    info = DatasetInfo(
+        path=folder,
+        seq_len=packers[TRAIN].seq_len,
+        dtype=packers[TRAIN].dtype.name,
+        vocab_size=tokenizer.vocab_size,
+        tokenizer=tokenizer.digest,
+        eos_id=tokenizer.eos_id,
+        options=options,
+        splits={name: packer.finish() for name, packer in packers.items()},
+        sources=[_source_info(name, found) for name, found in zip(source.sources, counts, strict=False)],
+        skipped_files=source.skipped,
+        empty_documents=source.empty,
+        filtered_documents=selection.filtered,
+        duplicate_documents=selection.duplicates,
+    )
+    write_description(info, tokenizer)
 
 
 def _check_options(seq_len: int, validation_fraction: float, workers: int, compression: str | None) -> None:

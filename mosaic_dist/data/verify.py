@@ -1,7 +1,7 @@
 """Proof that a dataset is whole: every byte of every shard, and what the descriptions say of them.
 
-Of `dataset.json` itself no checksum is kept. What it says of the other files is checked against them; the counts of
-documents, text, sources and dropped tokens stand in it alone.
+`dataset.json` is proven by its own checksum, and what it says of the other files is checked against them; the counts
+of documents, text, sources and dropped tokens stand in it alone.
 """
 
 from collections.abc import Iterator

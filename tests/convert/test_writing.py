@@ -28,7 +28,8 @@ def meta(tensors: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
 
 def test_the_library_reads_what_was_written_in_any_order(tmp_path: Path) -> None:
     tensors = samples()
-    write_weights(tmp_path, meta(tensors), reversed(tensors.items()), 10**9)
+    known = write_weights(tmp_path, meta(tensors), reversed(tensors.items()), 10**9)
+    assert known == {"model.safetensors": checksum(tmp_path / "model.safetensors")}
     stored = load_file(tmp_path / "model.safetensors")
     assert stored.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -43,11 +44,12 @@ def test_the_library_reads_what_was_written_in_any_order(tmp_path: Path) -> None
 @pytest.mark.parametrize("max_bytes", [1, 100, 160])
 def test_files_are_of_bounded_size_and_in_the_index(tmp_path: Path, max_bytes: int) -> None:
     tensors = {f"t{i}": torch.full((i + 1, 4), float(i)) for i in range(6)}
-    write_weights(tmp_path, meta(tensors), tensors.items(), max_bytes)
+    known = write_weights(tmp_path, meta(tensors), tensors.items(), max_bytes)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert set(index["weight_map"].values()) == set(files)
+    assert known == {file: checksum(tmp_path / file) for file in files}
     assert files[0] == f"model-00001-of-{len(files):05}.safetensors"
     for file in files:
         stored = load_file(tmp_path / file)

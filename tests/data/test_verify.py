@@ -1,6 +1,7 @@
 """One damage at a time, and the file that is named for it."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -39,8 +40,9 @@ def cut(file: Path) -> None:
 
 
 def rewrite(path: Path, change: Callable[[dict], None]) -> None:
-    """Change a JSON file."""
+    """Change a JSON file, and leave out the checksum of its content."""
     content = json.loads(path.read_text())
+    content.pop("xxh3_128", None)
     change(content)
     path.write_text(json.dumps(content))
 
@@ -57,6 +59,14 @@ def packed(documents, tokenizer, tmp_path_factory) -> DatasetInfo:
         documents, tokenizer, output, SEQ_LEN, validation_fraction=0.2, workers=1, compression="zstd",
         shard_bytes=SEQ_LEN * 2 * 50,
     )  # fmt: skip
+
+
+def another_count(file: Path) -> None:
+    """One digit of a count that nothing else can prove."""
+    text = file.read_text()
+    found = re.search(r'"text_bytes": (\d)', text)
+    digit = str((int(found[1]) + 1) % 10)
+    file.write_text(text[: found.start(1)] + digit + text[found.end(1) :])
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +100,7 @@ SHARD = "train/shard.00001.mds"
         ("tokenizer.json", cut, None),  # its last byte is the line's end, which means nothing
         ("tokenizer.json", Path.unlink, "is missing"),
         ("dataset.json", flip(0), "is damaged"),
+        ("dataset.json", another_count, "does not match its checksum"),
         ("dataset.json", lambda file: file.write_bytes(file.read_bytes()[:-9]), "is damaged"),
         ("dataset.json", Path.unlink, "has no dataset.json"),
         ("train/.shard.00000.mds.x.tmp", Path.touch, "is a stray"),

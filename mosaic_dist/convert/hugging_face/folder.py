@@ -129,14 +129,14 @@ def export_folder(
     aside = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    write_weights(aside, planned, converted, max_shard_bytes)
+    known = write_weights(aside, planned, converted, max_shard_bytes)
     _write_json(aside / "config.json", config)
     if code is not None:
         write_atomic(aside / f"{CODE}.py", code)
     if words is not None:
         words.save(aside / "tokenizer.json")
         _write_json(aside / "tokenizer_config.json", _tokenizer_config(words, spec.context))
-    write_checksums(aside)
+    write_checksums(aside, known)
     publish_directory(aside, output)
     return output
 
