@@ -6,25 +6,28 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mosaic_dist.cli import run_subcommand
+from mosaic_dist.compare.compare import compare
+from mosaic_dist.compare.plot import plot
+from mosaic_dist.compare.report import report
+from mosaic_dist.compare.sweep import sweep
 from mosaic_dist.convert import export_checkpoint, load_exported, parse_size, write_model
 from mosaic_dist.convert.facts import describe, render
 from mosaic_dist.convert.hugging_face import export_folder, how_to_load, import_folder
 from mosaic_dist.convert.locate import RUN_YAML, choose_checkpoint, locate
 from mosaic_dist.convert.verify import verify as verify_all
 from mosaic_dist.convert.weights import CheckpointTensors
-from mosaic_dist.data.arithmetic import read_rows
 from mosaic_dist.data.tokenizer import Tokenizer
 from mosaic_dist.doctor.command import doctor
 from mosaic_dist.errors import UserError
-from mosaic_dist.evaluate.exact_match import answer_all, summarize
+from mosaic_dist.evaluate.command import evaluate
 from mosaic_dist.evaluate.generate import Sampling
 from mosaic_dist.evaluate.generate import generate as generate_tokens
-from mosaic_dist.files import write_atomic
 from mosaic_dist.memory import keep_freed_memory
 from mosaic_dist.plan.command import plan
 from mosaic_dist.plan.sizes import size_table
+from mosaic_dist.reproduce.command import reproduce
 from mosaic_dist.run_spec import Run
-from mosaic_dist.spec import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat
+from mosaic_dist.spec import Fraction, NonNegativeFloat, Positive, PositiveFloat
 
 
 def export(
@@ -158,36 +161,6 @@ def generate(
     print()
 
 
-def evaluate(
-    model: str,
-    data: str,
-    task: Literal["exact_match"] = "exact_match",
-    split: str = "test",
-    limit: Positive | None = None,
-    samples: NonNegative = 5,
-    json_output: str | None = None,
-) -> None:
-    """Measure an exported model on questions with one right answer each.
-
-    --model DIR           folder made by `export`
-    --data DIR            dataset made by `python -m data_prep.arithmetic`
-    --task exact_match    share of answers that are right to the letter, decoding greedily
-    --split NAME          train, validation or test
-    --limit N             the first N questions only
-    --samples N           answers to show
-    --json_output FILE    where to write the figures
-    """
-    questions = [(row.prompt, row.target) for row in read_rows(data, split)[:limit]]
-    answers = answer_all(load_exported(model), Tokenizer.load(model), questions)
-    figures = summarize(answers) | {"task": task, "model": model, "data": data, "split": split}
-    for answer in answers[:samples]:
-        verdict = "right" if answer.given == answer.target else f"wrong, it is {answer.target}"
-        print(f"  {answer.prompt}{answer.given}  ({verdict})")
-    print(dumps(figures, indent=2))
-    if json_output is not None:
-        write_atomic(json_output, dumps(figures, indent=2) + "\n")
-
-
 def recipes(folder: str = "recipes") -> None:
     """Print a table of all recipes of a folder with their total and active parameters.
 
@@ -209,6 +182,11 @@ def main() -> None:
         "recipes": recipes,
         "plan": plan,
         "doctor": doctor,
+        "plot": plot,
+        "report": report,
+        "sweep": sweep,
+        "compare": compare,
+        "reproduce": reproduce,
     }
     run_subcommand(commands, "python -m mosaic_dist")
 

@@ -127,6 +127,7 @@ MAY_CHANGE = (
     "data.cache",
     "data.workers",
     "data.verify",
+    "model.loss.chunk_tokens",
     "micro_batch",
     "precision",
 )

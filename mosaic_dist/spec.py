@@ -350,7 +350,8 @@ def _replace(annotation: Any, data: Any, steps: list[str], value: Any, path: str
     known = fields(cls)
     if steps[0] not in known:
         raise SpecError(join(path, steps[0]), f"{_name(cls)} has no such field; {nearest(steps[0], list(known))}")
-    new = _replace(known[steps[0]], data[steps[0]], steps[1:], value, join(path, steps[0]))
+    old = data.get(steps[0])  # a kind that was only just named has none of its own fields yet
+    new = _replace(known[steps[0]], old, steps[1:], value, join(path, steps[0]))
     return data | {steps[0]: new}
 
 

@@ -74,7 +74,7 @@ def load_engine(checkpoint: Checkpoint, engine: Engine) -> None:
     for name, shape in ours.items():
         if tuple(checkpoint.shapes[name]) != shape:
             raise CheckpointError(f"{name} is {tuple(checkpoint.shapes[name])} in the checkpoint, {shape} in the model")
-    kinds = sorted({kind for name in ours for kind in checkpoint.kinds(name)} - {MASTER, BUFFER})
+    kinds = {name: [kind for kind in checkpoint.kinds(name) if kind not in (MASTER, BUFFER)] for name in ours}
     make_optimizer_tensors(engine, kinds, checkpoint.state["optimizer_step"])
     with torch.no_grad():
         for shard in shards(engine):

@@ -1,14 +1,47 @@
 """Exact match: how many answers a model gives to the letter, decoding greedily."""
 
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from mosaic_dist.data.arithmetic import read_rows
 from mosaic_dist.data.tokenizer import Tokenizer
+from mosaic_dist.evaluate.evaluation import Evaluation, in_one_process
 from mosaic_dist.evaluate.generate import Sampling, generate
+from mosaic_dist.evaluate.subject import Opened
 from mosaic_dist.model import TransformerModel
+from mosaic_dist.parallel import World
+from mosaic_dist.spec import NonNegative, Positive
+
+
+class ExactMatch(Evaluation, type="exact_match"):
+    """Answers to the questions of `data`, made by `python -m data_prep.arithmetic`; `samples` of them are shown."""
+
+    data: str
+    split: str = "test"
+    limit: Positive | None = None
+    samples: NonNegative = 5
+
+    def made_on(self) -> str:
+        """The dataset and its split."""
+        return f"{self.data} ({self.split})"
+
+    def measure(self, opened: Opened, world: World) -> dict[str, Any]:
+        """See `Evaluation`."""
+        in_one_process(world, "exact_match")
+        questions = [(row.prompt, row.target) for row in read_rows(self.data, self.split)[: self.limit]]
+        answers = answer_all(opened.network(world.device), opened.tokenizer, questions)
+        for answer in answers[: self.samples]:
+            verdict = "right" if answer.given == answer.target else f"wrong, it is {answer.target}"
+            print(f"  {answer.prompt}{answer.given}  ({verdict})")
+        told = {"task": "exact_match"} | opened.facts | {"data": self.data, "split": self.split}
+        return summarize(answers) | told
+
+    def measures(self, figures: Mapping[str, Any]) -> dict[str, float]:
+        """See `Evaluation`."""
+        return {"exact match": figures["exact_match"]}
 
 
 class Answer(NamedTuple):
@@ -43,7 +76,7 @@ def answer_all(
     return answers
 
 
-def summarize(answers: Sequence[Answer]) -> dict[str, object]:
+def summarize(answers: Sequence[Answer]) -> dict[str, Any]:
     """Share of exact answers, overall and by the length of the right answer in characters, with their numbers."""
     by_length: dict[int, list[bool]] = defaultdict(list)
     for answer in answers:

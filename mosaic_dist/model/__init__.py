@@ -8,6 +8,7 @@ from mosaic_dist.model.ffn import FFN, GEGLU, GELU, ClampedSwiGLU, DenseFFN, Exp
 from mosaic_dist.model.head import FactoredOutput, Head, Tied, UnitHead, Untied
 from mosaic_dist.model.init import Init, initialize, materialize
 from mosaic_dist.model.linear import GroupedLinear, Matrix, PlainMatrix
+from mosaic_dist.model.loss import Loss
 from mosaic_dist.model.moe import (
     LocalExchange,
     Mixture,
@@ -69,6 +70,7 @@ __all__ = [
     "LinearScaling",
     "Llama3Scaling",
     "LocalExchange",
+    "Loss",
     "LossParts",
     "Matrix",
     "Mixture",

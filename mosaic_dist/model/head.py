@@ -1,6 +1,8 @@
 """Output heads: from the last hidden state to logits over the vocabulary."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ from mosaic_dist.spec import Positive, Spec, SpecError
 class Head(Spec):
     """Family of output heads."""
 
-    def build(self, vocab: int, dim: int, embedding: EmbeddingModule) -> nn.Module:
+    def build(self, vocab: int, dim: int, embedding: EmbeddingModule) -> "HeadModule":
         """Module mapping [B, T, dim] to logits [B, T, vocab]."""
         raise TypeError(f"{type(self).__name__} cannot be built: choose a kind of head")
 
@@ -26,7 +28,7 @@ class Tied(Head, type="tied"):
     Where the table is narrower than the model, the hidden state is first projected down to it.
     """
 
-    def build(self, vocab: int, dim: int, embedding: EmbeddingModule) -> nn.Module:
+    def build(self, vocab: int, dim: int, embedding: EmbeddingModule) -> "HeadModule":
         """Shares `embedding.weight`; down [rank, dim] where the table is factored."""
         return TiedHead(dim, embedding.weight)
 
@@ -34,7 +36,7 @@ class Tied(Head, type="tied"):
 class Untied(Head, type="linear"):
     """Logits through a matrix of its own."""
 
-    def build(self, vocab: int, dim: int, embedding: EmbeddingModule) -> nn.Module:
+    def build(self, vocab: int, dim: int, embedding: EmbeddingModule) -> "HeadModule":
         """weight [vocab, dim]."""
         return LinearHead(vocab, dim)
 
@@ -44,7 +46,7 @@ class FactoredOutput(Head, type="factored"):
 
     rank: Positive
 
-    def build(self, vocab: int, dim: int, embedding: EmbeddingModule) -> nn.Module:
+    def build(self, vocab: int, dim: int, embedding: EmbeddingModule) -> "HeadModule":
         """down [rank, dim], weight [vocab, rank]."""
         return FactoredHead(vocab, self.rank, dim)
 
@@ -59,7 +61,7 @@ class UnitHead(Head, type="unit"):
 
     tied: bool = False
 
-    def build(self, vocab: int, dim: int, embedding: EmbeddingModule) -> nn.Module:
+    def build(self, vocab: int, dim: int, embedding: EmbeddingModule) -> "HeadModule":
         """weight [vocab, dim], of its own or shared with the embedding; scale.weight [vocab]."""
         width = embedding.weight.shape[1]
         if self.tied and width != dim:
@@ -69,7 +71,29 @@ class UnitHead(Head, type="unit"):
         return UnitLinearHead(vocab, dim, embedding.weight if self.tied else None)
 
 
-class TiedHead(nn.Module):
+class HeadModule(nn.Module):
+    """Base of head modules: logits are the products of what `seen_rows` and `effective_weight` give."""
+
+    weight: nn.Parameter
+
+    def forward(self, x_BTD: Tensor, measure: Callable[[Tensor, Tensor], Any] | None = None) -> Any:
+        """x_BTD -> logits_BTV; or what `measure` makes of their two factors, x_BTC and weight_VC, without the logits.
+
+        Weights are for use in here only: under ZeRO-3 they are whole no longer than this runs.
+        """
+        product = functional.linear if measure is None else measure
+        return product(self.seen_rows(x_BTD), self.effective_weight())
+
+    def seen_rows(self, x_BTD: Tensor) -> Tensor:
+        """What the product sees of hidden states, [B, T, C]."""
+        return x_BTD
+
+    def effective_weight(self) -> Tensor:
+        """What the product sees of the weights, [V, C]."""
+        return self.weight
+
+
+class TiedHead(HeadModule):
     """See `Tied`. `weight` is the very parameter of the embedding, registered here too so that ZeRO-3 gathers it."""
 
     def __init__(self, dim: int, weight_VC: nn.Parameter):
@@ -77,12 +101,12 @@ class TiedHead(nn.Module):
         self.weight = weight_VC
         self.down = None if weight_VC.shape[1] == dim else Linear(dim, weight_VC.shape[1], keeps_scale=True)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        """x_BTD -> logits_BTV."""
-        return functional.linear(x_BTD if self.down is None else self.down(x_BTD), self.weight)
+    def seen_rows(self, x_BTD: Tensor) -> Tensor:
+        """Projected down to the table."""
+        return x_BTD if self.down is None else self.down(x_BTD)
 
 
-class FactoredHead(nn.Module):
+class FactoredHead(HeadModule):
     """See `FactoredOutput`."""
 
     def __init__(self, vocab: int, rank: int, dim: int):
@@ -90,24 +114,20 @@ class FactoredHead(nn.Module):
         self.down = Linear(dim, rank, keeps_scale=True)
         self.weight = nn.Parameter(torch.empty(vocab, rank))
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        """x_BTD -> logits_BTV."""
-        return functional.linear(self.down(x_BTD), self.weight)
+    def seen_rows(self, x_BTD: Tensor) -> Tensor:
+        """Projected down."""
+        return self.down(x_BTD)
 
 
-class LinearHead(nn.Module):
+class LinearHead(HeadModule):
     """See `Untied`."""
 
     def __init__(self, vocab: int, dim: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab, dim))
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        """x_BTD -> logits_BTV."""
-        return functional.linear(x_BTD, self.weight)
 
-
-class UnitLinearHead(nn.Module):
+class UnitLinearHead(HeadModule):
     """See `UnitHead`. A shared `weight` is registered here too, as in `TiedHead`."""
 
     def __init__(self, vocab: int, dim: int, shared_VD: nn.Parameter | None):
@@ -116,6 +136,6 @@ class UnitLinearHead(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocab, dim)) if shared_VD is None else shared_VD
         self.scale = Scale(vocab, start=1.0, stored=1 / math.sqrt(dim))
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        """x_BTD -> logits_BTV."""
-        return functional.linear(x_BTD, unit(self.weight, 1, self.scale()[:, None]))
+    def effective_weight(self) -> Tensor:
+        """Rows of length one, times their scales."""
+        return unit(self.weight, 1, self.scale()[:, None])

@@ -4,7 +4,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from mosaic_dist.model.attention import Sight
 from mosaic_dist.model.block import BlockKind
@@ -13,10 +12,10 @@ from mosaic_dist.model.embedding import Embedding, Table
 from mosaic_dist.model.ffn import Extras
 from mosaic_dist.model.head import Head, Tied
 from mosaic_dist.model.init import Init, initialize, materialize
+from mosaic_dist.model.loss import Loss, Scores
 from mosaic_dist.model.norm import Norm, RMSNorm
 from mosaic_dist.model.position import Learned, Position
 from mosaic_dist.spec import Positive, Spec, SpecError, at
-from mosaic_dist.targets import IGNORE_INDEX
 
 
 class Transformer(Spec):
@@ -31,6 +30,7 @@ class Transformer(Spec):
     norm: Norm = RMSNorm()
     head: Head = Tied()
     init: Init = Init()
+    loss: Loss = Loss()
 
     def check(self) -> None:
         """There is a block, and each attention can work with the position."""
@@ -56,14 +56,21 @@ class Transformer(Spec):
 class LossParts(NamedTuple):
     """Loss of one micro-batch, in parts that add up over micro-batches and ranks."""
 
-    cross_entropy_sum: Tensor
-    """Sum over scored tokens of -log p, float32 scalar."""
+    loss_sum: Tensor
+    """Sum over scored tokens of -log p and of the z-loss, float32 scalar."""
+    z_loss_sum: Tensor
+    """The z-loss in it, detached."""
     auxiliary: Tensor
     """Sum over layers of weighted auxiliary losses (balance, ...), float32 scalar; a mean over tokens."""
     expert_load: Tensor
     """Choices per expert of each layer that has experts, [layers, E] int64; empty where there are none."""
     router: Tensor
     """`ROUTER_MEASURES` of each layer that has experts, [layers, measures] float32; means over tokens."""
+
+    @property
+    def cross_entropy_sum(self) -> Tensor:
+        """Sum over scored tokens of -log p. Its gradient is that of `loss_sum`: the z-loss is trained with it."""
+        return self.loss_sum - self.z_loss_sum
 
 
 ROUTER_MEASURES = ("balance", "z", "entropy", "drop_rate")
@@ -93,7 +100,7 @@ class TransformerModel(nn.Module):
         documents_BT: Tensor | None = None,
         cache: "Cache | None" = None,
     ) -> Tensor | LossParts:
-        """tokens_BT int64 -> logits_BTV; with targets_BT int64 (IGNORE_INDEX: not scored) -> LossParts.
+        """tokens_BT int64 -> logits_BTV; with targets_BT int64 (IGNORE_INDEX: not scored) -> LossParts, see `Loss`.
 
         `documents_BT` numbers the documents of packed sequences: a token sees its own document only, and positions
         begin anew in each. With a `cache` the tokens follow those that it holds, and join them.
@@ -107,8 +114,10 @@ class TransformerModel(nn.Module):
         for i, block in enumerate(self.blocks):
             x_BTD, extras = block(x_BTD, sight, cache.layers[i] if cache else None)
             told.append(extras)
-        logits_BTV = self.head(self.norm(x_BTD))
-        return logits_BTV if targets_BT is None else loss_parts(logits_BTV, targets_BT, told)
+        x_BTD = self.norm(x_BTD)
+        if targets_BT is None:
+            return self.head(x_BTD)
+        return loss_parts(self.spec.loss.score(self.head, x_BTD, targets_BT, self.spec.vocab), told)
 
     def new_cache(self, batch: int, capacity: int | None = None) -> "Cache":
         """An empty cache for generation: `batch` sequences of up to `capacity` (None: the context) tokens."""
@@ -150,18 +159,17 @@ def positions_in_documents(documents_BS: Tensor) -> Tensor:
     return index_S - (index_S * begins_BS).cummax(1).values
 
 
-def loss_parts(logits_BTV: Tensor, targets_BT: Tensor, told: list[Extras]) -> LossParts:
-    """Cross-entropy in float32, and what the layers told."""
-    cross_entropy = functional.cross_entropy(
-        logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-    )
+def loss_parts(scores: Scores, told: list[Extras]) -> LossParts:
+    """What the predictions cost, and what the layers told."""
     auxiliary = [extras[key].float() for extras in told for key in extras if key.endswith("_loss")]
     mixtures = [extras for extras in told if "expert_load" in extras]
     loads = [extras["expert_load"] for extras in mixtures]
     measures = [torch.stack([extras[name].float() for name in ROUTER_MEASURES]) for extras in mixtures]
+    zero = scores.z_loss.new_zeros(())
     return LossParts(
-        cross_entropy,
-        torch.stack(auxiliary).sum() if auxiliary else cross_entropy.new_zeros(()),
-        nn.utils.rnn.pad_sequence(loads, batch_first=True) if loads else targets_BT.new_zeros(0, 0),
-        torch.stack(measures) if measures else cross_entropy.new_zeros(0, len(ROUTER_MEASURES)),
+        scores.loss,
+        scores.z_loss,
+        torch.stack(auxiliary).sum() if auxiliary else zero,
+        nn.utils.rnn.pad_sequence(loads, batch_first=True) if loads else zero.new_zeros(0, 0, dtype=torch.int64),
+        torch.stack(measures) if measures else zero.new_zeros(0, len(ROUTER_MEASURES)),
     )

@@ -2,6 +2,18 @@
 
 from mosaic_dist.optim.adamw import AdamW, Optimizer
 from mosaic_dist.optim.groups import parameter_groups
-from mosaic_dist.optim.schedule import Constant, Cosine, Schedule
+from mosaic_dist.optim.muon import Muon
+from mosaic_dist.optim.schedule import WSD, Constant, Cosine, InverseSquareRoot, Linear, Schedule
 
-__all__ = ["AdamW", "Constant", "Cosine", "Optimizer", "Schedule", "parameter_groups"]
+__all__ = [
+    "WSD",
+    "AdamW",
+    "Constant",
+    "Cosine",
+    "InverseSquareRoot",
+    "Linear",
+    "Muon",
+    "Optimizer",
+    "Schedule",
+    "parameter_groups",
+]

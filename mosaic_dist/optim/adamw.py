@@ -3,24 +3,30 @@
 from typing import Any
 
 import torch
+from torch import nn
 
+from mosaic_dist.optim.groups import parameter_groups
 from mosaic_dist.spec import Fraction, NonNegativeFloat, PositiveFloat, Spec
 
 
 class Optimizer(Spec):
-    """Family of optimizers. `learning_rate` is the peak; the schedule scales it."""
+    """Family of optimizers. `learning_rate` is the peak; the schedule scales it. `clip_norm` 0 turns clipping off."""
 
     learning_rate: PositiveFloat
     weight_decay: NonNegativeFloat = 0.1
     clip_norm: NonNegativeFloat = 1.0
 
+    def groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """The groups of a model's parameters that `build` wants."""
+        return parameter_groups(model, self.weight_decay)
+
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """The optimizer over parameter groups (see `groups.parameter_groups`)."""
+        """The optimizer over parameter groups (see `groups`)."""
         raise TypeError(f"{type(self).__name__} cannot be built: choose a kind of optimizer")
 
 
 class AdamW(Optimizer, type="adamw"):
-    """Adam with decoupled weight decay, in PyTorch's fused form. `clip_norm` 0 turns clipping off."""
+    """Adam with decoupled weight decay, in PyTorch's fused form."""
 
     beta1: Fraction = 0.9
     beta2: Fraction = 0.95

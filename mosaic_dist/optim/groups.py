@@ -1,4 +1,4 @@
-"""Which parameters decay towards zero, and which do not."""
+"""Which parameters decay towards zero, which do not, and which are the matrices of the blocks."""
 
 from typing import Any
 
@@ -26,3 +26,19 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
                 groups["no_decay" if table or vector else "decay"].append(parameter)
     decays = {"decay": weight_decay, "no_decay": 0.0}
     return [{"name": key, "params": group, "weight_decay": decays[key]} for key, group in groups.items() if group]
+
+
+def split_matrices(groups: list[dict[str, Any]], blocks: nn.Module) -> list[dict[str, Any]]:
+    """Take the decaying parameters of the blocks, all of them matrices or stacks of such, into a group `matrices`.
+
+    Every group says in `by_muon` whether it is that one, under whatever name it is split up later.
+    """
+    inside = set(blocks.parameters())
+    found: list[dict[str, Any]] = []
+    for group in groups:
+        matrices = [p for p in group["params"] if p in inside] if group["name"] == "decay" else []
+        others = [p for p in group["params"] if p not in inside] if matrices else group["params"]
+        for name, members, by_muon in (("matrices", matrices, True), (group["name"], others, False)):
+            if members:
+                found.append(group | {"name": name, "params": members, "by_muon": by_muon})
+    return found

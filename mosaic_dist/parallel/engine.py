@@ -19,8 +19,11 @@ from mosaic_dist.model import (
     initialize,
     materialize,
 )
-from mosaic_dist.optim import Optimizer, parameter_groups
+from mosaic_dist.optim import Optimizer
+from mosaic_dist.optim.muon import MuonAdamW
+from mosaic_dist.parallel.cut_matrices import CutMatrices
 from mosaic_dist.parallel.exchange import place_experts
+from mosaic_dist.parallel.partition import partitioned_parameters
 from mosaic_dist.parallel.spec import Parallel
 from mosaic_dist.parallel.world import World
 from mosaic_dist.targets import IGNORE_INDEX
@@ -37,6 +40,8 @@ class StepResult:
     """Mean cross-entropy per scored token over the global batch, in nats."""
     auxiliary_loss: float
     """Weighted auxiliary losses, mean over micro-batches and ranks."""
+    z_loss: float
+    """Weighted z-loss of the logits, mean per scored token over the global batch."""
     tokens: int
     """Scored tokens of the global batch."""
     grad_norm: float
@@ -94,10 +99,14 @@ class Engine:
         """Called before weights, optimizer states or buffers change."""
         self.deepspeed, *_ = deepspeed.initialize(
             model=model,
-            optimizer=optimizer.build(split_expert_groups(parameter_groups(model, optimizer.weight_decay))),
+            optimizer=optimizer.build(split_expert_groups(optimizer.groups(model))),
             config=config,
             dist_init_required=False,
         )
+        inner = self.deepspeed.basic_optimizer
+        if isinstance(inner, MuonAdamW) and self.zero_stage:
+            cut = partitioned_parameters(self.deepspeed.optimizer, self.zero_stage)
+            inner.directions = CutMatrices(cut, world.device)
 
     @property
     def model(self) -> nn.Module:
@@ -185,7 +194,8 @@ class Engine:
         self, parts: list[LossParts], scored: Tensor, grad_norm: float, skipped: bool, answers: Sequence[bool]
     ) -> StepResult:
         """Add the losses of all micro-batches and ranks up, and count who said yes."""
-        losses = torch.stack([torch.stack([p.cross_entropy_sum, p.auxiliary]) for p in parts]).double().sum(0)
+        sums_of_parts = [torch.stack([part.cross_entropy_sum, part.auxiliary, part.z_loss_sum]) for part in parts]
+        losses = torch.stack(sums_of_parts).double().sum(0)
         sums = torch.cat([losses, torch.tensor(answers, dtype=losses.dtype, device=losses.device)])
         load = torch.stack([p.expert_load for p in parts]).sum(0)
         router = torch.stack([p.router for p in parts]).mean(0) / self.world.size
@@ -194,10 +204,11 @@ class Engine:
             dist.all_reduce(load)
             dist.all_reduce(router)
         tokens = int(scored.item())
-        cross_entropy, auxiliary, *votes = sums.tolist()
+        cross_entropy, auxiliary, z_loss, *votes = sums.tolist()
         return StepResult(
             loss=cross_entropy / max(1, tokens),
             auxiliary_loss=auxiliary / (self.accumulation * self.world.size),
+            z_loss=z_loss / max(1, tokens),
             tokens=tokens,
             grad_norm=grad_norm,
             skipped=skipped,

@@ -2,11 +2,11 @@
 
 Every combination of ZeRO stage and expert parallelism leaves a rank with flat float32 buffers that hold stretches of
 parameters. `shards` names these stretches; reading and writing the state of a run is then the same for all of them.
-All knowledge of DeepSpeed's private attributes (0.19) is in this file.
+All knowledge of DeepSpeed's private attributes (0.19) is in this file and in `partition.py`.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mosaic_dist.model import GroupedLinear
 from mosaic_dist.parallel.engine import Engine
+from mosaic_dist.parallel.partition import partitioned_parameters
 
 
 def buffers(engine: Engine) -> dict[str, Tensor]:
@@ -68,7 +69,7 @@ def global_tensors(engine: Engine) -> dict[torch.nn.Parameter, GlobalTensor]:
 
 def shards(engine: Engine) -> Iterator[Shard]:
     """The stretches of parameters whose float32 values and optimizer states this rank holds."""
-    return {0: _replicated, 1: _flat_groups, 2: _flat_groups, 3: _partitioned}[engine.zero_stage](engine)
+    return _partitioned(engine) if engine.zero_stage else _replicated(engine)
 
 
 def _replicated(engine: Engine) -> Iterator[Shard]:
@@ -83,32 +84,15 @@ def _replicated(engine: Engine) -> Iterator[Shard]:
         )
 
 
-def _flat_groups(engine: Engine) -> Iterator[Shard]:
-    """ZeRO 1 and 2: each group of parameters is one flat tensor, cut evenly over the ranks of its group."""
-    zero, tensors = engine.deepspeed.optimizer, global_tensors(engine)
-    for i, flat in enumerate(zero.single_partition_of_fp32_groups):
-        low = dist.get_rank(zero.real_dp_process_group[i]) * zero.partition_size[i]
-        high = low + zero.partition_size[i]
-        for parameter, at in zip(zero.round_robin_bit16_groups[i], zero.round_robin_bit16_offsets[i], strict=True):
-            begin, end = max(low, at), min(high, at + parameter.numel())
-            if begin < end:
-                tensor = tensors[parameter]
-                start = tensor.first_element + begin - at
-                yield Shard(tensor.name, start, end - begin, flat.data, begin - low, flat, is_writer=True)
-
-
 def _partitioned(engine: Engine) -> Iterator[Shard]:
-    """ZeRO 3: each parameter is cut over the ranks of its group; the pieces of a sub-group lie in one flat tensor."""
-    zero = engine.deepspeed.optimizer
-    for parameter, tensor in global_tensors(engine).items():
-        group_index, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
-        flat = zero.fp32_partitioned_groups_flat[group_index]
-        size = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
-        begin = dist.get_rank(parameter.ds_process_group) * size  # type: ignore[attr-defined]
-        length = min(size, parameter.ds_numel - begin)  # type: ignore[attr-defined]  # the last piece is padded
-        if length > 0:
-            start = tensor.first_element + begin
-            yield Shard(tensor.name, start, length, flat.data, offset, flat, is_writer=True)
+    """ZeRO 1, 2 and 3: what `partition.py` tells of this rank."""
+    tensors = global_tensors(engine)
+    for held in partitioned_parameters(engine.deepspeed.optimizer, engine.zero_stage):
+        part = held.cut.part(dist.get_rank(held.group))
+        if part is not None:
+            tensor, flat = tensors[held.parameter], held.flat
+            start = tensor.first_element + part.start
+            yield Shard(tensor.name, start, part.length, flat.data, part.offset, flat, is_writer=True)
 
 
 def optimizer_tensors(engine: Engine, shard: Shard) -> dict[str, Tensor]:
@@ -121,12 +105,15 @@ def optimizer_tensors(engine: Engine, shard: Shard) -> dict[str, Tensor]:
     }
 
 
-def make_optimizer_tensors(engine: Engine, kinds: list[str], step: float) -> None:
-    """Give every optimizer parameter states of these kinds (zeros) and the update count, where it has none yet."""
+def make_optimizer_tensors(engine: Engine, kinds: Mapping[str, Iterable[str]], step: float) -> None:
+    """Give every optimizer parameter the update count and, where it has none yet, states (zeros).
+
+    `kinds` tells those of a global tensor; all that an optimizer parameter holds parts of have the same.
+    """
     optimizer = _inner_optimizer(engine)
-    for key in {id(shard.key): shard.key for shard in shards(engine)}.values():
+    for name, key in {id(shard.key): (shard.name, shard.key) for shard in shards(engine)}.values():
         state = optimizer.state[key]
-        for kind in kinds:
+        for kind in kinds[name]:
             if kind not in state:
                 state[kind] = torch.zeros_like(key.data)
         state["step"] = torch.tensor(step, dtype=torch.float32, device=_step_device(key))

@@ -10,11 +10,11 @@ from mosaic_dist.parallel import read_config
 from mosaic_dist.plan.calibrate import calibrate as measure
 from mosaic_dist.plan.picture import draw_memory
 from mosaic_dist.plan.plan import make_plan
-from mosaic_dist.plan.report import render_plan, render_search
+from mosaic_dist.plan.report import GIB, render_plan, render_search
 from mosaic_dist.plan.search import search as try_layouts
 from mosaic_dist.plan.sizes import run_in
 from mosaic_dist.run_spec import Run
-from mosaic_dist.spec import Positive, override
+from mosaic_dist.spec import Positive, PositiveFloat, override
 
 
 def plan(
@@ -29,6 +29,7 @@ def plan(
     seq_len: Positive | None = None,
     checkpointing: Literal["none", "full", "attention", "ffn", "moe"] | None = None,
     tokens: Positive | None = None,
+    node_memory: PositiveFloat | None = None,
     search: bool = False,
     best: Positive = 10,
     json: bool = False,
@@ -49,6 +50,7 @@ def plan(
     --seq_len N           tokens of a sequence
     --checkpointing PARTS what runs again in the backward pass: none, full, attention, ffn or moe
     --tokens N            for days and GPU-hours; the run's steps by default
+    --node_memory GIB     of a node's host, to be checked as well; what an offload moves lies there
     --search              try the layouts, and list the --best N that fit
     --json                for programs
     --plot FILE           draw the memory as PNG
@@ -71,11 +73,12 @@ def plan(
     config = read_config(ds_config) if zero is None else {"zero_optimization": {"stage": zero}}
     device = find_device(gpu)
     if search:
-        if json or plot is not None:
-            raise UserError("--search prints a table; leave --json and --plot to a plan of one layout")
+        if json or plot is not None or node_memory is not None:
+            raise UserError("--search prints a table; leave --json, --plot and --node_memory to a plan of one layout")
         print(render_search(*try_layouts(run, config, device, nodes, gpus_per_node, tokens), best))
         return
-    made = make_plan(run, config, device, nodes, gpus_per_node, tokens)
+    node_memory_bytes = None if node_memory is None else node_memory * GIB
+    made = make_plan(run, config, device, nodes, gpus_per_node, tokens, node_memory_bytes)
     print(dumps(made.to_dict(), indent=2) if json else render_plan(made))
     if plot is not None:
         draw_memory(made, Path(plot))

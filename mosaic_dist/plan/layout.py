@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections import Counter
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import torch
 
 from mosaic_dist.hardware import Device
 from mosaic_dist.model import Transformer
-from mosaic_dist.optim import Optimizer, parameter_groups
+from mosaic_dist.optim import Optimizer
 from mosaic_dist.parallel import choose_degree, expert_counts, place_experts, resolve_precision, zero_stage
 from mosaic_dist.parallel.engine import split_expert_groups
 from mosaic_dist.run_spec import Run
@@ -111,12 +112,19 @@ class Group(NamedTuple):
     """A group of parameters that the optimizer updates together, in order."""
 
     names: tuple[str, ...]
-    sizes: tuple[int, ...]
-    """Elements of each parameter as a rank holds it."""
+    shapes: tuple[tuple[int, ...], ...]
+    """Of each parameter as a rank holds it."""
     uses: tuple[int, ...]
     """Modules that have it: two for a table that the head shares."""
     is_expert: bool
     """Whether its parameters are those of experts that are shared out."""
+    by_muon: bool
+    """Whether it is updated by Muon, not AdamW."""
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Elements of each parameter."""
+        return tuple(math.prod(shape) for shape in self.shapes)
 
     @property
     def elements(self) -> int:
@@ -131,13 +139,13 @@ def rank_groups(model: Transformer, optimizer: Optimizer, degree: int, rank: int
     names = {parameter: name for name, parameter in module.named_parameters()}
     uses = Counter(parameter for _, parameter in module.named_parameters(remove_duplicate=False))
     groups = []
-    for group in split_expert_groups(parameter_groups(module, optimizer.weight_decay)):
+    for group in split_expert_groups(optimizer.groups(module)):
         held = group["params"]
         if not held:  # split off before a first stack larger than a group may be; DeepSpeed removes it later
             continue
         is_expert = not getattr(held[0], "allreduce", True)
-        of_each = (tuple(names[p] for p in held), tuple(p.numel() for p in held), tuple(uses[p] for p in held))
-        groups.append(Group(*of_each, is_expert))
+        of_each = (tuple(names[p] for p in held), tuple(tuple(p.shape) for p in held), tuple(uses[p] for p in held))
+        groups.append(Group(*of_each, is_expert, group.get("by_muon", False)))
     return tuple(groups)
 
 

@@ -37,11 +37,20 @@ class Plan:
     rank_elements: int
     """Parameters of which a rank holds the weights, or with stage 3 gathers them."""
     budget_tokens: int
+    node_memory_bytes: float | None = None
+    """Of a node's host; None: not known."""
 
     @property
     def fits(self) -> bool:
-        """Whether the tensors are smaller than the device's memory."""
-        return self.memory.peak_bytes <= self.device.memory_bytes
+        """Whether the tensors are smaller than the device's memory, and what lies on the host than the node's."""
+        fits_node = self.node_memory_bytes is None or self.node_bytes <= self.node_memory_bytes
+        return self.memory.peak_bytes <= self.device.memory_bytes and fits_node
+
+    @property
+    def node_bytes(self) -> int:
+        """On the host of a node: the weights that all its ranks make at the start, and what is offloaded."""
+        of_rank = self.rank_elements * HOST_BYTES_PER_ELEMENT + self.memory.states.host
+        return of_rank * self.layout.node_ranks
 
     @property
     def tokens_per_second(self) -> float:
@@ -90,6 +99,7 @@ class Plan:
                 "peak": memory.peak_bytes,
                 "peak_at": memory.peak.name,
                 "host_at_start": self.rank_elements * HOST_BYTES_PER_ELEMENT,
+                "node_host": self.node_bytes,
             },
             "traffic": [
                 {
@@ -116,12 +126,19 @@ class Plan:
 
 
 def make_plan(
-    run: Run, config: dict[str, Any], device: Device, nodes: int, node_ranks: int, budget_tokens: int | None = None
+    run: Run,
+    config: dict[str, Any],
+    device: Device,
+    nodes: int,
+    node_ranks: int,
+    budget_tokens: int | None = None,
+    node_memory_bytes: float | None = None,
 ) -> Plan:
     """Plan a run (see `layout.make_layout` for what is refused); `budget_tokens` None: those of the run's steps."""
     layout = make_layout(run, config, device, nodes, node_ranks)
     groups = rank_groups(run.model, run.optimizer, layout.degree)
-    return finish_plan(layout, groups, device, run_microbatch(setting_of(layout, device)), budget_tokens)
+    plan = finish_plan(layout, groups, device, run_microbatch(setting_of(layout, device)), budget_tokens)
+    return dataclasses.replace(plan, node_memory_bytes=node_memory_bytes)
 
 
 def setting_of(layout: Layout, device: Device) -> Setting:

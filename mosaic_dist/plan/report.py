@@ -43,12 +43,25 @@ def _memory(plan: Plan) -> str:
     verdict = f"{left / GIB:.1f} GiB are left for the CUDA context, NCCL and fragmentation"
     if left < 0:
         verdict = f"does not fit: {-left / GIB:.1f} GiB too much; most is {_largest(plan)}"
-    host = (plan.rank_elements * HOST_BYTES_PER_ELEMENT + states.host) * plan.layout.node_ranks
     return (
         f"GiB per rank at the fullest moment, {peak.name}\n{table}\n  {verdict}\n"
-        f"  activations kept between forward and backward: {plan.microbatch.kept_bytes / GIB:.2f}; "
-        f"memory of a node: {host / GIB:.0f}"
+        f"  activations kept between forward and backward: {plan.microbatch.kept_bytes / GIB:.2f}\n  {_host(plan)}"
     )
+
+
+def _host(plan: Plan) -> str:
+    """What lies in the memory of a node, and whether it can."""
+    states, ranks = plan.memory.states, plan.layout.node_ranks
+    parts = [f"{plan.rank_elements * HOST_BYTES_PER_ELEMENT * ranks / GIB:.0f} of weights at the start"]
+    if states.host:
+        parts.append(f"{states.host * ranks / GIB:.0f} offloaded ({states.host / GIB:.2f} per rank)")
+    text = f"memory of a node's host: {plan.node_bytes / GIB:.0f} = {' + '.join(parts)}"
+    if plan.node_memory_bytes is None:
+        return text
+    left = plan.node_memory_bytes - plan.node_bytes
+    if left < 0:
+        return f"{text}; does not fit: {-left / GIB:.0f} too much of {plan.node_memory_bytes / GIB:.0f}"
+    return f"{text}; {left / GIB:.0f} of {plan.node_memory_bytes / GIB:.0f} are left"
 
 
 def _largest(plan: Plan) -> str:
@@ -60,7 +73,8 @@ def _largest(plan: Plan) -> str:
         "buffers (a smaller reduce_bucket_size)": peak.buffers,
     }
     if peak.name.startswith("head"):
-        sizes["activations, of which the logits are many (fewer tokens per micro-batch)"] = peak.activations
+        fewer = "fewer tokens per micro-batch, or a smaller --model.loss.chunk_tokens"
+        sizes[f"activations, of which the logits are many ({fewer})"] = peak.activations
     else:
         sizes["activations (--checkpointing full, fewer tokens per micro-batch)"] = peak.activations
     return max(sizes, key=lambda name: sizes[name])
@@ -95,6 +109,8 @@ def _assumptions(plan: Plan) -> str:
         "attention runs in the kernel that scaled_dot_product_attention would take",
         f"{plan.device.name}: {plan.device.source}",
     ]
+    if plan.memory.states.host:
+        lines.append("what is offloaded is updated as fast as on the device, and crosses over to the host in no time")
     if plan.device.kind == "cuda":
         lines += [f"reachable: {MATRIX_PRODUCTS}", f"between nodes: {INFINIBAND}"]
     return "\n".join(["A prediction, not a measurement. It takes that", *(f"  - {line}" for line in lines)])

@@ -8,10 +8,11 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from mosaic_dist.optim.muon import BATCH_ELEMENTS
 from mosaic_dist.plan.layout import Group, Layout
 
 MOMENTS_BYTES = 8
-"""Of an element: AdamW's two, float32."""
+"""Of an element: AdamW's two, float32. Muon has one."""
 MASTER_BYTES = 4
 """Of an element: ZeRO's float32 copy of the weights, which it also makes where they are float32."""
 ALIGNMENT = 2
@@ -43,7 +44,7 @@ class States(NamedTuple):
 def rank_states(layout: Layout, groups: tuple[Group, ...], rank: int) -> States:
     """See `States`. Ranks differ only where a group's padding or a parameter's end falls."""
     make = {0: _replicated, 1: _flat_groups, 2: _flat_groups, 3: _partitioned}[layout.stage]
-    return _offloaded(layout, make(layout, groups, rank))
+    return _offloaded(layout, groups, make(layout, groups, rank))
 
 
 def holders(layout: Layout, group: Group) -> int:
@@ -62,26 +63,54 @@ def piece(layout: Layout, group: Group, size: int) -> int:
     return math.ceil(size / holders(layout, group))
 
 
+def held(layout: Layout, group: Group) -> int:
+    """Elements of a group whose optimizer states a rank keeps."""
+    if layout.stage == 0:
+        return group.elements
+    if layout.stage == 3:
+        return sum(piece(layout, group, size) for size in group.sizes)
+    return padded(layout, group) // holders(layout, group)
+
+
+def moments(group: Group) -> int:
+    """Bytes of optimizer states of an element, beside its float32 copy."""
+    return MOMENTS_BYTES // 2 if group.by_muon else MOMENTS_BYTES
+
+
+def _kept(layout: Layout, groups: tuple[Group, ...]) -> int:
+    """Bytes of moments and, with ZeRO, float32 copies."""
+    masters = MASTER_BYTES if layout.stage else 0
+    return sum(held(layout, group) * (masters + moments(group)) for group in groups)
+
+
+def _orthogonal(layout: Layout, group: Group, elements: int) -> int:
+    """About what Muon needs to update so many elements: Nesterov's step, before and after, and room for a batch."""
+    if not group.by_muon:
+        return 0
+    size = 2 if layout.precision == "bf16" else 4
+    return elements * (4 + 2 * size) + 4 * min(elements, BATCH_ELEMENTS) * size
+
+
 def _replicated(layout: Layout, groups: tuple[Group, ...], rank: int) -> States:
     elements = sum(group.elements for group in groups)
     whole = elements * layout.dtype.itemsize
     bucket = min(elements, REPLICATED_BUCKET) * layout.dtype.itemsize
-    return States(whole, whole, elements * MOMENTS_BYTES, 0, 0, 0, bucket, 0)
+    update = max(bucket, *(_orthogonal(layout, group, max(group.sizes)) for group in groups))
+    return States(whole, whole, _kept(layout, groups), 0, 0, 0, update, 0)
 
 
 def _flat_groups(layout: Layout, groups: tuple[Group, ...], rank: int) -> States:
     size, elements = layout.dtype.itemsize, sum(group.elements for group in groups)
-    shares = [padded(layout, group) // holders(layout, group) for group in groups]
     kept = sum(sum(_touched(layout, group, rank)) for group in groups) * size
     bucket = layout.zero["reduce_bucket_size"] * size * (2 if layout.zero["overlap_comm"] else 1)
     reduced = min(layout.zero["reduce_bucket_size"], elements) * size  # flattened once more for the collective
-    update = max(shares) * (4 + (size if size < 4 else 0))
+    shares = [(group, held(layout, group)) for group in groups]
+    update = max(n * (4 + (size if size < 4 else 0)) + _orthogonal(layout, group, n) for group, n in shares)
     gradients = kept
     if layout.stage == 1:
         gradients, update = elements * size, max(update, reduced + kept)
-    optimizer = sum(shares) * (MASTER_BYTES + MOMENTS_BYTES)
     weights = sum(padded(layout, group) for group in groups) * size
-    return States(weights, gradients, optimizer, bucket, reduced, 0, update, 0)
+    return States(weights, gradients, _kept(layout, groups), bucket, reduced, 0, update, 0)
 
 
 def _touched(layout: Layout, group: Group, rank: int) -> Iterator[int]:
@@ -97,16 +126,16 @@ def _touched(layout: Layout, group: Group, rank: int) -> Iterator[int]:
 
 def _partitioned(layout: Layout, groups: tuple[Group, ...], rank: int) -> States:
     size, zero = layout.dtype.itemsize, layout.zero
-    pieces = sum(piece(layout, group, n) for group in groups for n in group.sizes)
+    pieces = sum(held(layout, group) for group in groups)
     whole = [n for group in groups for n in group.sizes if is_persistent(layout, n)]
     passing = sum(group.elements for group in groups) - sum(whole)
     bucket = zero["reduce_bucket_size"] * size
     reduced = min(zero["reduce_bucket_size"], passing) * size
     gathered = min(passing, max(zero["stage3_max_live_parameters"], _largest_layer(groups))) * size
     update = min(pieces, zero["sub_group_size"]) * (4 + (size if size < 4 else 0))
-    optimizer = pieces * (MASTER_BYTES + MOMENTS_BYTES)
+    update += max(_orthogonal(layout, group, min(held(layout, group), zero["sub_group_size"])) for group in groups)
     weights = (pieces + sum(whole)) * size
-    return States(weights, pieces * size, optimizer, bucket, 2 * reduced, gathered, update, 0)
+    return States(weights, pieces * size, _kept(layout, groups), bucket, 2 * reduced, gathered, update, 0)
 
 
 def is_persistent(layout: Layout, size: int) -> bool:
@@ -124,13 +153,12 @@ def _largest_layer(groups: tuple[Group, ...]) -> int:
     return max(layers.values())
 
 
-def _offloaded(layout: Layout, states: States) -> States:
+def _offloaded(layout: Layout, groups: tuple[Group, ...], states: States) -> States:
     """What DeepSpeed's CPU offload moves to the host; gradients of offloaded optimizers are float32 there."""
     offload = {key for key in ("offload_optimizer", "offload_param") if _is_on_cpu(layout, key)}
     host = 0
     if "offload_optimizer" in offload:
-        shares = states.optimizer // (MASTER_BYTES + MOMENTS_BYTES)
-        host += states.optimizer + shares * MASTER_BYTES
+        host += states.optimizer + sum(held(layout, group) for group in groups) * MASTER_BYTES
         states = states._replace(optimizer=0, update=0)
     if "offload_param" in offload:
         host += states.parameters

@@ -5,13 +5,16 @@ calls. Bytes "sent" are what then leaves the rank: in a ring of n ranks 2 (n-1)/
 reduce-scatter or gather (Patarasu and Yuan 2009); of an all-to-all what is not for the rank itself.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from mosaic_dist.parallel.cut_matrices import choose_workers, matrices_of, size
+from mosaic_dist.parallel.partition import Cut
 from mosaic_dist.plan.layout import Group, Layout, Span
 from mosaic_dist.plan.microbatch import Microbatch
-from mosaic_dist.plan.states import holders, is_persistent, padded, piece
+from mosaic_dist.plan.states import held, holders, is_persistent, padded, piece
 
 SHARE_SENT = {"all-reduce": 2.0, "reduce-scatter": 1.0, "all-gather": 1.0, "all-to-all": 1.0}
 """Times (n-1)/n."""
@@ -48,7 +51,12 @@ class Flow(NamedTuple):
 
 def step_traffic(layout: Layout, groups: tuple[Group, ...], microbatch: Microbatch) -> list[Flow]:
     """The flows of a step, those of the losses and norms, a few bytes each, left out."""
-    flows = [*_tokens(layout, microbatch), *_gradients(layout, groups), *_weights(layout, groups)]
+    flows = [
+        *_tokens(layout, microbatch),
+        *_gradients(layout, groups),
+        *_weights(layout, groups),
+        *_matrices(layout, groups),
+    ]
     return [flow for flow in flows if flow.handed_over and flow.span.ranks > 1]
 
 
@@ -99,6 +107,26 @@ def _weights(layout: Layout, groups: tuple[Group, ...]) -> Iterator[Flow]:
                     times = 1 if is_persistent(layout, n) else layout.accumulation * gathers(layout, groups, uses)
                     elements += times * piece(layout, group, n) * holders(layout, group)
         yield Flow("all-gather", f"weights of {whose}", span, math.ceil(elements) * layout.dtype.itemsize)
+
+
+def _matrices(layout: Layout, groups: tuple[Group, ...]) -> Iterator[Flow]:
+    """Muon's matrices that ZeRO has cut: to the ranks that work on them, and back; the average of a rank."""
+    for (whose, span), members in _by_span(layout, groups).items():
+        itemsize = 2 if layout.precision == "bf16" else 4
+        elements = sum(_travelling(layout, group) for group in members if group.by_muon and layout.stage)
+        yield Flow("all-to-all", f"matrices of {whose}", span, 2 * elements * itemsize / span.ranks)
+
+
+def _travelling(layout: Layout, group: Group) -> int:
+    """Elements of a group's matrices that leave all its ranks together."""
+    before = itertools.accumulate(group.sizes, initial=0)
+    cuts = (
+        Cut(shape, piece(layout, group, n), 0, 0) if layout.stage == 3 else Cut(shape, held(layout, group), at, 0)
+        for shape, n, at in zip(group.shapes, group.sizes, before, strict=False)
+    )
+    matrices = [matrix for cut in cuts for matrix in matrices_of(cut)]
+    given = zip(matrices, choose_workers(matrices, holders(layout, group)), strict=True)
+    return sum(size(place) for matrix, worker in given for rank, place in matrix.places.items() if rank != worker)
 
 
 def gathers(layout: Layout, groups: tuple[Group, ...], uses: int) -> float:

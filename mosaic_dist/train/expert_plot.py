@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,15 @@ class ExpertHistory:
             for layer, figures in experts.items():
                 self.panels[panel].setdefault(layer, []).append(value(figures))
         self.loads.append({layer: figures["load"] for layer, figures in experts.items()})
+
+
+def split_experts(records: Iterable[dict[str, Any]]) -> tuple[list[dict[str, Any]], ExpertHistory]:
+    """The records of a run without their `experts`, and the history that these make."""
+    rest, history = [], ExpertHistory()
+    for record in records:
+        history.add(record["step"], record.pop("experts", {}))
+        rest.append(record)
+    return rest, history
 
 
 def relative_shares(loads: "deque[dict[str, list[int]]]") -> dict[str, numpy.ndarray]:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mosaic_dist.errors import UserError
 from mosaic_dist.files import write_atomic
 
 
@@ -14,10 +15,11 @@ class MetricsFile:
     Fields of a record: `step` (updates done), `tokens` (seen so far), `loss` (mean cross-entropy in nats),
     `auxiliary_loss`, `learning_rate`, `grad_norm` (before clipping), `skipped`, `step_seconds`, `data_seconds` (of
     these, those that the main process waited for data) and their share `data_share`, `tokens_per_second`, `mfu`,
-    `epoch` (of the data, with its fraction), `expert_max_over_mean` (worst layer), and on some steps `validation_loss`
-    and `validation_exact_match` (share of the questions answered to the letter). Of a mixture there are `epoch/NAME`
-    and `validation_loss/NAME` for each stream; `validation_loss` is their mean by proportion. The first record after a
-    checkpoint is there has `save_seconds` (all that it took) and `save_stall_seconds` (for which training waited).
+    `memory_bytes` (the most that the main process has needed so far: see `memory.py`), `epoch` (of the data, with its
+    fraction), `expert_max_over_mean` (worst layer), `z_loss` (where the model has one), and on some steps `validation_loss` and `validation_exact_match`
+    (share of the questions answered to the letter). Of a mixture there are `epoch/NAME` and `validation_loss/NAME` for
+    each stream; `validation_loss` is their mean by proportion. The first record after a checkpoint is there has
+    `save_seconds` (all that it took) and `save_stall_seconds` (for which training waited).
 
     Every `logging.experts_every_steps` there is also `experts`, with an object for each block that has experts, by its
     name in the model (`blocks.1`). All but the last of its fields are of the step's global batch: `load` (choices per
@@ -48,20 +50,23 @@ class MetricsFile:
 def each_record(path: Path) -> Iterator[dict[str, Any]]:
     """Records of a metrics file, one at a time: with many experts they are large together. None where there is no file.
 
-    A last line that was cut by a crash is left out; ValueError for any other that is not JSON.
+    A last line that was cut by a crash is left out; UserError for any other that is no record.
     """
     if not path.exists():
         return
-    broken = ""
-    with open(path) as file:
+    broken: UserError | None = None
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            if broken:
-                raise ValueError(broken)
+            if broken is not None:
+                raise broken
+            no_record = UserError(f"{path}:{number}: not a JSON record: {line[:80]!r}; remove the line, or mend it")
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError:
-                broken = f"{path}:{number}: not a JSON record: {line[:80]!r}"
+            except ValueError:  # neither JSON nor text
+                broken = no_record
                 continue
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                raise no_record
             yield record
 
 

@@ -8,9 +8,10 @@ from tqdm import tqdm
 
 from mosaic_dist.parallel import StepResult
 from mosaic_dist.run_spec import Run
-from mosaic_dist.train.expert_plot import ExpertHistory, plot_experts
+from mosaic_dist.train.expert_plot import plot_experts, split_experts
 from mosaic_dist.train.experts import Experts, describe_experts, flatten, loads_by_layer, max_over_mean
 from mosaic_dist.train.folder import RunFolder
+from mosaic_dist.train.memory import peak_memory_bytes
 from mosaic_dist.train.metrics import MetricsFile, each_record
 from mosaic_dist.train.plot import plot_loss
 from mosaic_dist.train.trackers import Tracker
@@ -54,7 +55,10 @@ class Metrics:
             "data_share": trainer.data_seconds / trainer.step_seconds,
             "tokens_per_second": result.tokens / trainer.step_seconds,
             "mfu": self.speed.mfu(result.tokens, trainer.step_seconds),
+            "memory_bytes": peak_memory_bytes(),
         }
+        if trainer.run.model.loss.z_weight:
+            values["z_loss"] = result.z_loss
         epochs = trainer.loader.epochs
         values |= {f"epoch/{name}" if name else "epoch": epoch for name, epoch in epochs.items()}
         if loads := loads_by_layer(trainer.run.model, result.expert_load):
@@ -137,10 +141,7 @@ class Plots:
         """Draw when due, from the whole of `metrics.jsonl`: also what earlier starts of the run did."""
         if not (trainer.is_ending or trainer.is_due(trainer.run.logging.plot_every_steps)):
             return
-        records, history = [], ExpertHistory()
-        for record in each_record(self.folder.metrics):
-            history.add(record["step"], record.pop("experts", {}))
-            records.append(record)
+        records, history = split_experts(each_record(self.folder.metrics))
         plot_loss(records, self.folder.loss_plot, trainer.run.name)
         if history.steps:
             plot_experts(history, self.folder.experts_plot, trainer.run.name)

@@ -21,7 +21,7 @@ from mosaic_dist.train.peak import peak_flops_per_second
 from mosaic_dist.train.reporting import Metrics, Plots, ProgressBar, Speed
 from mosaic_dist.train.saving import Saver
 from mosaic_dist.train.telling import say
-from mosaic_dist.train.trackers import make_trackers
+from mosaic_dist.train.trackers import Tracker, close_trackers, make_trackers
 from mosaic_dist.train.trainer import HeldOutStream, Hook, NonfiniteGuard, Progress, Trainer, Validation
 from mosaic_dist.train.watch import Watch
 
@@ -67,15 +67,17 @@ def train_run(start: Start, world: World) -> Trainer:
     say(world, how_it_begins(trainer, start.counts, folder))
     if not trainer.is_ending:
         trainer.reasons_to_stop = reasons_to_stop(world, start.deadline, start.signals)
+        trackers = make_trackers(run, folder.path) if world.is_main else []
         saver = Saver(folder, start.deadline, trainer)
         watch = Watch(world, run.parallel.step_limit_seconds, folder.path)
         trainer.entered = watch.enter
         speed = Speed(flops_per_token(run.model, run.seq_len), peak)
         try:
-            trainer.train(make_hooks(trainer, folder, start.info, speed, saver))
+            trainer.train(make_hooks(trainer, folder, start.info, speed, saver, trackers))
         finally:
             watch.close()
             saver.close()
+            close_trackers(trackers, [folder.loss_plot, folder.experts_plot])
         say(world, how_it_ended(trainer) + f"; see {folder.path}")
     start.signals.settle()
     return trainer
@@ -147,7 +149,9 @@ def begin(run: Run, info: Corpus, engine: Engine, checkpoint: Checkpoint | None,
     return Trainer(run, engine, loader, progress, until_step)
 
 
-def make_hooks(trainer: Trainer, folder: RunFolder, info: Corpus, speed: Speed, saver: Saver) -> list[Hook]:
+def make_hooks(
+    trainer: Trainer, folder: RunFolder, info: Corpus, speed: Speed, saver: Saver, trackers: list[Tracker]
+) -> list[Hook]:
     """What happens after each step, in this order. The main process alone reports."""
     run, world, step = trainer.run, trainer.engine.world, trainer.progress.step
 
@@ -170,7 +174,7 @@ def make_hooks(trainer: Trainer, folder: RunFolder, info: Corpus, speed: Speed, 
     questions = first(run.exact_match_samples) if run.exact_match_samples else []
     hooks: list[Hook] = [NonfiniteGuard(run.nonfinite), Validation(held_out, questions)]
     if world.is_main:
-        hooks.append(Metrics(folder, step, make_trackers(run, folder.path), speed))
+        hooks.append(Metrics(folder, step, trackers, speed))
         hooks.append(ProgressBar(run, step, trainer.until_step, speed))
     hooks.append(saver)
     if world.is_main:

@@ -20,7 +20,7 @@ from mosaic_dist.checkpoint.engine_state import save_engine
 from mosaic_dist.data import Data
 from mosaic_dist.data.stream import Batch, Loader
 from mosaic_dist.model import SigmoidTopK
-from mosaic_dist.optim import AdamW, Optimizer
+from mosaic_dist.optim import Optimizer
 from mosaic_dist.parallel import Engine, StepResult, World, join_world, leave_world
 from mosaic_dist.run_spec import Run
 from mosaic_dist.spec import kinds
@@ -40,11 +40,10 @@ MIXTURE = replace(
     balance_over="sequence",  # so that losses do not depend on how the batch is cut
 )
 MODEL = replace(tiny.MODEL, vocab=VOCAB, blocks=(DENSE, replace(SPARSE, ffn=MIXTURE)))
-OPTIMIZERS: dict[str, Optimizer] = {
-    name: kind(learning_rate=1e-2, clip_norm=0.5) for name, kind in kinds(Optimizer).items()
-}
 # with so large an epsilon an update is smooth in the gradient: the last bits of one near zero are not blown up
-OPTIMIZERS["adamw"] = AdamW(learning_rate=1e-2, clip_norm=0.5, eps=1e-5)
+OPTIMIZERS: dict[str, Optimizer] = {
+    name: kind(learning_rate=1e-2, clip_norm=0.5, eps=1e-5) for name, kind in kinds(Optimizer).items()
+}
 
 SOURCES = (Case(1, 0, 1, 3, "fp32"), Case(2, 2, 2, 1, "bf16"), Case(4, 3, 4, 2, "fp32"))
 TARGETS = (*SOURCES, Case(3, 1, 3, 2, "bf16"), Case(4, 2, 2, 3, "fp32"), Case(4, 3, 2, 1, "fp32"))

@@ -1,8 +1,9 @@
-"""Ranks of test_equality: train the mixed model in every layout of this many ranks, and write down what came of it."""
+"""Ranks of test_equality and test_muon: train the mixed model in all layouts of this many ranks; the outcome."""
 
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -11,7 +12,7 @@ from torch import Tensor
 from mosaic_dist.checkpoint import Checkpoint
 from mosaic_dist.checkpoint.engine_state import BUFFER, MASTER, save_engine
 from mosaic_dist.parallel import Engine, join_world, leave_world
-from tests.parallel.mixed import LEARNING_RATE, OPTIMIZER, STEPS, batches, cases, make_engine, my_part
+from tests.parallel.mixed import LEARNING_RATE, OPTIMIZERS, STEPS, batches, cases, make_engine, muon_cases, my_part
 
 
 def saved(folder: Path, step: int, engine: Engine) -> dict[str, Tensor]:
@@ -32,10 +33,16 @@ def held_bytes(engine: Engine) -> list[int]:
     return [sum(tensor.nbytes for tensor in tensors) for tensors in (weights, moments)]
 
 
-def main(folder: str) -> None:
+def first_gradients(first: dict[str, Tensor], optimizer: Any) -> dict[str, Tensor]:
+    """Those that the optimizer saw in the first step, from the moments that they left."""
+    moments = {"exp_avg": 1 - optimizer.beta1, "momentum_buffer": 1 - getattr(optimizer, "momentum", 0.0)}
+    return {name: value / share for kind, share in moments.items() for name, value in by_kind(first, kind).items()}
+
+
+def main(folder: str, optimizer: str = "adamw") -> None:
     """Write `<folder>/<case>.safetensors`: results, gradients of the first step, final weights, bytes held."""
     world = join_world(60)
-    for case in cases(world.size):
+    for case in cases(world.size) if optimizer == "adamw" else muon_cases(world.size):
         engine = make_engine(world, case)
         results, first = [], {}
         for step, (inputs, targets) in enumerate(batches()):
@@ -48,9 +55,8 @@ def main(folder: str) -> None:
         held = [None] * world.size
         torch.distributed.all_gather_object(held, held_bytes(engine))
         if world.is_main:
-            scale = 1 / (1 - OPTIMIZER.beta1)
             kept = {
-                "gradient": {name: value * scale for name, value in by_kind(first, "exp_avg").items()},
+                "gradient": first_gradients(first, OPTIMIZERS[optimizer]),
                 "weight": by_kind(last, MASTER) | by_kind(last, BUFFER),
                 "told": {"results": torch.tensor(results, dtype=torch.float64), "held": torch.tensor(held)},
             }
@@ -65,4 +71,4 @@ def by_kind(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from mosaic_dist.model import GELU, MHA, Block, Init, MoE, SigmoidTopK, SwiGLU, Transformer, TransformerModel
 from mosaic_dist.model.moe import Routing
-from mosaic_dist.optim import AdamW, parameter_groups
+from mosaic_dist.optim import AdamW, Muon, Optimizer
 from mosaic_dist.parallel import Engine, Parallel, Precision, World, fill_config
 from mosaic_dist.targets import IGNORE_INDEX
 
@@ -22,6 +22,10 @@ STEPS, BATCH, LENGTH = 3, 16, 12
 LEARNING_RATE, RATE = 1e-2, 0.05
 # with so large an epsilon an update is smooth in the gradient: the last bits of one near zero are not blown up
 OPTIMIZER = AdamW(learning_rate=LEARNING_RATE, clip_norm=0.3, weight_decay=0.1, eps=1e-5)
+OPTIMIZERS: dict[str, Optimizer] = {
+    "adamw": OPTIMIZER,
+    "muon": Muon(learning_rate=LEARNING_RATE, clip_norm=0.3, weight_decay=0.1, eps=1e-5),
+}
 MODEL = Transformer(
     vocab=64,
     dim=16,
@@ -60,9 +64,11 @@ class Case(NamedTuple):
     degree: int
     accumulation: int
     precision: Precision
+    optimizer: str = "adamw"
 
     def __str__(self) -> str:
-        return "w{}_z{}_e{}_a{}_{}".format(*self)
+        suffix = "" if self.optimizer == "adamw" else f"_{self.optimizer}"
+        return "w{}_z{}_e{}_a{}_{}".format(*self) + suffix
 
 
 def cases(ranks: int) -> list[Case]:
@@ -74,6 +80,15 @@ def cases(ranks: int) -> list[Case]:
     if ranks != 2:
         found += [Case(ranks, *layout, "bf16") for layout in itertools.product((1, 2, 3), degrees, (2,))]
     return found
+
+
+def muon_cases(ranks: int) -> list[Case]:
+    """Those of Muon: stages and degrees of four ranks, and one rank to compare with."""
+    if ranks == 1:
+        return [Case(1, 2, 1, 2, "fp32", "muon"), Case(1, 1, 1, 2, "bf16", "muon")]
+    layouts = [(0, 2, 2), (1, 1, 1), (1, 4, 2), (2, 2, 2), (3, 1, 1), (3, 2, 2), (3, 4, 2)]
+    found = [Case(ranks, *layout, "fp32", "muon") for layout in layouts]
+    return found + [Case(ranks, stage, 2, 2, "bf16", "muon") for stage in (1, 2, 3)]
 
 
 def model_of(case: Case) -> Transformer:
@@ -102,7 +117,8 @@ def make_engine(
         world_size=world.size,
         clip_norm=OPTIMIZER.clip_norm,
     )
-    return Engine(model or model_of(case), OPTIMIZER, config, case.degree, 0, world, parallel=parallel)
+    optimizer = OPTIMIZERS[case.optimizer]
+    return Engine(model or model_of(case), optimizer, config, case.degree, 0, world, parallel=parallel)
 
 
 def my_part(world: World) -> slice:
@@ -130,17 +146,17 @@ class Plain(NamedTuple):
     """After the last step; the corrections of the routers with them."""
 
 
-def plain_training(ranks: int, accumulation: int) -> Plain:
+def plain_training(ranks: int, accumulation: int, chosen: Optimizer = OPTIMIZER) -> Plain:
     """`MODEL` on one process, as so many ranks with so many micro-batches would have to train it."""
     model = MODEL.build_initialized(0)
-    optimizer = OPTIMIZER.build(parameter_groups(model, OPTIMIZER.weight_decay))
+    optimizer = chosen.build(chosen.groups(model))
     results: list[list[float]] = []
     gradients: dict[str, Tensor] = {}
     for inputs, targets in batches():
         cut = (ranks, accumulation, -1, LENGTH)
         loss, auxiliary, counts = one_step(model, inputs.view(cut), targets.view(cut))
         (loss + auxiliary).backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip_norm)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), chosen.clip_norm)
         gradients = gradients or {name: p.grad.clone() for name, p in model.named_parameters()}
         optimizer.step()
         optimizer.zero_grad()

@@ -7,17 +7,19 @@ from typing import Any
 
 import torch
 
-from mosaic_dist.parallel import Engine, Precision, World, join_world, leave_world
+from mosaic_dist.parallel import Engine, World, join_world, leave_world
 from mosaic_dist.parallel.state import optimizer_tensors, shards
 from tests.parallel.mixed import LEARNING_RATE, Case, batches, make_engine, my_part
 
 OPTIMIZER = {"offload_optimizer": {"device": "cpu"}}
-LAYOUTS: dict[str, tuple[int, int, Precision, dict[str, Any]]] = {
-    f"{stage}/{degree}/{precision}": (stage, degree, precision, OPTIMIZER)
-    for stage in (1, 2, 3)
-    for degree, precision in ((1, "fp32"), (2, "fp32"), (2, "bf16"))
-} | {"3/2/fp32 and weights": (3, 2, "fp32", OPTIMIZER | {"offload_param": {"device": "cpu"}})}
-"""ZeRO stage, expert-parallel degree, precision, what ZeRO is told."""
+CASES = [
+    *(Case(2, stage, *layout) for stage in (1, 2, 3) for layout in ((1, 2, "fp32"), (2, 2, "fp32"), (2, 2, "bf16"))),
+    *(Case(2, stage, 2, 2, "fp32", "muon") for stage in (2, 3)),
+]
+LAYOUTS: dict[str, tuple[Case, dict[str, Any]]] = {str(case): (case, OPTIMIZER) for case in CASES} | {
+    "weights": (Case(2, 3, 2, 2, "fp32"), OPTIMIZER | {"offload_param": {"device": "cpu"}})
+}
+"""What is trained, and what ZeRO is told."""
 
 
 def train(world: World, engine: Engine) -> tuple[list[list[float]], dict[str, torch.Tensor]]:
@@ -35,8 +37,7 @@ def main(output: str) -> None:
     """Write [{layout: the largest differences}, ...] over ranks as JSON."""
     world = join_world(60)
     told = {}
-    for name, (stage, degree, precision, zero) in LAYOUTS.items():
-        case = Case(world.size, stage, degree, 2, precision)
+    for name, (case, zero) in LAYOUTS.items():
         plain, held = train(world, make_engine(world, case))
         engine = make_engine(world, case, **zero)
         offloaded, held_offloaded = train(world, engine)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mosaic_dist.model import MHA, Block, Factored, MoE, SwiGLU, Transformer
-from mosaic_dist.optim import AdamW, parameter_groups
+from mosaic_dist.optim import AdamW
 from mosaic_dist.parallel import Engine, World, fill_config
 
 STEPS, BATCH, MICRO, LENGTH = 10, 8, 2, 24
@@ -58,7 +58,7 @@ def batches() -> list[tuple[Tensor, Tensor]]:
 def reference(left_out: int | None = None) -> tuple[list[float], list[float], dict[str, Tensor]]:
     """Losses, gradient norms and final weights of one process without DeepSpeed; one step can be left out."""
     model = MODEL.build_initialized(0)
-    optimizer = OPTIMIZER.build(parameter_groups(model, OPTIMIZER.weight_decay))
+    optimizer = OPTIMIZER.build(OPTIMIZER.groups(model))
     losses, norms = [], []
     for step, (inputs, targets) in enumerate(batches()):
         if step == left_out:

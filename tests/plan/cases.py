@@ -9,7 +9,7 @@ from mosaic_dist.model import Recompute
 from mosaic_dist.parallel import Parallel
 from mosaic_dist.plan.plan import Plan, make_plan
 from mosaic_dist.run_spec import Run
-from tests.parallel.mixed import BATCH, LENGTH, MODEL, OPTIMIZER, Case
+from tests.parallel.mixed import BATCH, LENGTH, MODEL, OPTIMIZERS, Case
 
 RANKS = 4
 HERE = Device(
@@ -62,6 +62,7 @@ CASES = [
     *(Measured(Case(RANKS, 1, 2, 2, "fp32"), parts) for parts in ("full", "moe")),
     Measured(Case(RANKS, 3, 2, 2, "fp32"), reuse_distance=0),
     Measured(Case(RANKS, 3, 2, 2, "fp32"), persistence=300),
+    *(Measured(Case(RANKS, stage, 2, 2, "fp32", "muon")) for stage in range(4)),
 ]
 PROFILED = [*(Measured(Case(RANKS, stage, 2, 2, "fp32")) for stage in range(4))]
 """Those whose allocations are counted too, which takes seconds each."""
@@ -75,7 +76,7 @@ def plan_of(measured: Measured) -> Plan:
         name="mixed",
         model=MODEL,
         data=Data(seq_len=LENGTH),
-        optimizer=OPTIMIZER,
+        optimizer=OPTIMIZERS[case.optimizer],
         steps=1,
         batch_tokens=BATCH * LENGTH,
         micro_batch=BATCH // RANKS // case.accumulation,

@@ -50,6 +50,23 @@ def test_recomputation_chunks_and_stages_change_what_they_should(capsys):
     assert figures(zero=1, ep=1)["parameters"] > plain["parameters"]
 
 
+def test_what_is_offloaded_lies_in_the_nodes_memory(capsys):
+    """Float32 weights and two moments of every parameter move, and its gradient, float32 as well, lies there too."""
+    config = {"gpus_per_node": 4, "ds_config": "ds_configs/zero2_offload.json", "gpu": "a100"}
+    figures = json.loads(told(capsys, SMALL, json=True, **config))
+    memory, elements = figures["memory_bytes"], figures["parameters"]["total"]
+    assert memory["optimizer"] == 0
+    assert memory["host"] * 4 == pytest.approx(elements * (4 + 8 + 4), rel=1e-3)
+    assert memory["node_host"] == 4 * (memory["host"] + memory["host_at_start"])
+    text = told(capsys, SMALL, **config)
+    assert f"{memory['host'] / 2**30:.2f} per rank" in text
+    assert "what is offloaded is updated as fast as on the device" in text
+    needed = memory["node_host"] / 2**30
+    assert "are left" in told(capsys, SMALL, node_memory=2 * needed, **config)
+    assert "does not fit" in told(capsys, SMALL, node_memory=needed / 2, **config)
+    assert not json.loads(told(capsys, SMALL, json=True, node_memory=needed / 2, **config))["fits"]
+
+
 def test_search_lists_what_fits_and_why_others_do_not(capsys):
     text = told(capsys, SMALL, gpus_per_node=2, search=True, best=2, gpu="t4")
     assert " layouts fit; the first 2:" in text

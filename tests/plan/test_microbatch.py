@@ -14,6 +14,7 @@ from mosaic_dist.model import (
     MLA,
     Block,
     LinearAttention,
+    Loss,
     MoE,
     Recompute,
     RoPE,
@@ -41,6 +42,14 @@ MODELS = {
     ),
     "latent": small(blocks=2 * (Block(attention=MLA(heads=4, kv_compression_dim=24), ffn=SwiGLU(width=128)),)),
     "linear": small(blocks=2 * (Block(attention=LinearAttention(heads=4), ffn=SwiGLU(width=128)),)),
+    "loss in chunks": small(
+        blocks=2 * (Block(attention=MHA(heads=4), ffn=SwiGLU(width=128)),), loss=Loss(chunk_tokens=24, z_weight=0.1)
+    ),
+    "loss in chunks, of many words": dataclasses.replace(
+        small(blocks=2 * (Block(attention=MHA(heads=4), ffn=SwiGLU(width=128)),), head=Untied()),
+        vocab=8 * VOCAB,
+        loss=Loss(chunk_tokens=40),
+    ),
     "mixed": small(
         blocks=2
         * (

@@ -11,6 +11,7 @@ from mosaic_dist.model import (
     MLA,
     Attention,
     Init,
+    Loss,
     MoE,
     MoESwiGLU,
     SoftmaxTopK,
@@ -37,7 +38,7 @@ def need(value: Spec, kind: type[S], path: str) -> S:
 def canonical(spec: Transformer) -> Transformer:
     """The spec with defaults written out, like things in one form, and without what plays no part in the logits.
 
-    Left out are dropout, initial values, kernels and balance losses: they are the training's.
+    Left out are dropout, initial values, kernels, the form of the loss and balance losses: they are the training's.
     """
     blocks = tuple(
         dataclasses.replace(  # the block keeps its kind, and what else it has: twins are compared with all of it
@@ -45,7 +46,7 @@ def canonical(spec: Transformer) -> Transformer:
         )
         for block in spec.blocks
     )
-    return dataclasses.replace(spec, blocks=blocks, init=Init())
+    return dataclasses.replace(spec, blocks=blocks, init=Init(), loss=Loss())
 
 
 def _canonical_attention(attention: Attention, spec: Transformer) -> Attention:

@@ -43,10 +43,10 @@ class Sight:
 
     def visible(self, index_S: Tensor, window: int | None = None) -> Tensor:
         """Which of the keys with these indexes each token sees, bool [B, 1, T, S]; at most the last `window` ones."""
-        distance_TS = self.index_T[:, None] - index_S[None, :]
-        seen_TS = distance_TS >= 0
+        index_T1 = self.index_T[:, None]
+        seen_TS = index_T1 >= index_S  # compared, not subtracted: differences of long sequences would take gigabytes
         if window is not None:
-            seen_TS &= distance_TS < window
+            seen_TS &= index_T1 - window < index_S
         if self.documents_BS is None:
             return seen_TS[None, None]
         same_BTS = self.documents_BS[:, self.index_T, None] == self.documents_BS[:, None, index_S]

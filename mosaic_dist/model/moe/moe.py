@@ -146,14 +146,20 @@ class MixtureOfExperts(nn.Module):
     def _routed(self, x_SD: Tensor, routing: Routing, kept_SK: Tensor | None, meanwhile: Callable[[], None]) -> Tensor:
         """The sum over its choices for each token, [S, D]."""
 
-        def pass_experts(x_SD: Tensor, weights_SK: Tensor, experts_SK: Tensor, kept_SK: Tensor | None) -> Tensor:
+        def pass_experts(
+            x_SD: Tensor,
+            weights_SK: Tensor,
+            experts_SK: Tensor,
+            kept_SK: Tensor | None,
+            meanwhile: Callable[[], None] = lambda: None,
+        ) -> Tensor:
             rows = assign(weights_SK, experts_SK, kept_SK, self.spec.experts)
             return self.exchange(x_SD, rows, self.experts, meanwhile)
 
         whole = (x_SD, routing.weights_SK, routing.experts_SK, kept_SK)
         if self.chunks == 1:
-            return pass_experts(*whole)
-        meanwhile()
+            return pass_experts(*whole, meanwhile)
+        meanwhile()  # not within a part: parts that run again would keep all that it names, the layer's input too
         parts = zip(*(_cut(value, self.chunks) for value in whole), strict=True)
         return torch.cat([recomputed(pass_experts, *part) for part in parts])
 

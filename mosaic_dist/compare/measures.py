@@ -1,0 +1,115 @@
+"""What variants of a run came to: means and spreads over their seeds, and losses where all of them have been."""
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy
+
+from mosaic_dist.compare.story import Axis, Story
+from mosaic_dist.run_spec import differences
+from mosaic_dist.spec import override
+from mosaic_dist.train.plot import EMA_HALF_LIFE_SHARE, smooth
+
+POINTS: tuple[Axis, ...] = ("tokens", "flops", "time")
+"""The axes on which losses are compared."""
+
+
+class Spread(NamedTuple):
+    """A figure over the seeds of a variant."""
+
+    mean: float
+    deviation: float | None
+    """Of the sample (n - 1); None of a single one."""
+    n: int
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The runs that are one experiment but for their seed."""
+
+    name: str
+    stories: list[Story]
+
+
+def group(stories: Iterable[Story]) -> list[Variant]:
+    """The variants among runs, in their order: those of one name without `_seedN` that differ in nothing but the seed.
+
+    Where two experiments have the same name, each is called by the folder of its first run.
+    """
+    found: list[Variant] = []
+    for story in stories:
+        name = seedless(story)
+        same = (v for v in found if v.name == name and not _differ(v.stories[0], story))
+        if (variant := next(same, None)) is not None:
+            variant.stories.append(story)
+        else:
+            found.append(Variant(name, [story]))
+    names = [variant.name for variant in found]
+    return [
+        variant if names.count(variant.name) == 1 else Variant(str(variant.stories[0].path), variant.stories)
+        for variant in found
+    ]
+
+
+def seedless(story: Story) -> str:
+    """The run's name without the seed that a sweep writes behind it."""
+    return story.run.name.removesuffix(f"_seed{story.run.seed}")
+
+
+def _differ(one: Story, other: Story) -> bool:
+    mine = override(one.run, {"name": other.run.name, "seed": other.run.seed})
+    return next(differences(mine, other.run), None) is not None
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Mean and sample deviation."""
+    deviation = statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
+    return Spread(statistics.fmean(values), deviation, len(values))
+
+
+def reached(variants: Sequence[Variant], axis: Axis) -> float:
+    """The largest point of an axis that every run has got to."""
+    return min(story.along(axis)[-1] for variant in variants for story in variant.stories)
+
+
+def smoothed(story: Story, half_life_tokens: float) -> list[float]:
+    """The moving average of a run's training loss, whose half-life is so many tokens, and two records at least."""
+    tokens_per_record = story.records[-1]["tokens"] / len(story.records)
+    return smooth(story.column("loss"), max(2.0, half_life_tokens / tokens_per_record))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Variants beside each other. Training losses are moving averages with one half-life for all runs."""
+
+    variants: list[Variant]
+    points: Mapping[Axis, float]
+    """Where losses are compared: the largest that every run has got to."""
+    half_life_tokens: float
+    is_validated: bool
+    """Whether every run was measured on held-out data, so that its last loss there is the final one."""
+
+    def curve(self, story: Story, axis: Axis) -> tuple[list[float], list[float]]:
+        """The averaged loss of a run along an axis."""
+        return story.along(axis), smoothed(story, self.half_life_tokens)
+
+    def loss_at(self, variant: Variant, axis: Axis) -> Spread:
+        """The averaged losses of a variant's runs at the point of an axis, between records on a straight line."""
+        point = self.points[axis]
+        return spread([float(numpy.interp(point, *self.curve(story, axis))) for story in variant.stories])
+
+    def final(self, variant: Variant) -> Spread:
+        """The last validation losses; of the training, where not all runs have one."""
+        if self.is_validated:
+            return spread([story.told("validation_loss")[-1] for story in variant.stories])
+        return spread([smoothed(story, self.half_life_tokens)[-1] for story in variant.stories])
+
+
+def compare_variants(variants: list[Variant]) -> Comparison:
+    """Find where losses can be compared. The half-life is EMA_HALF_LIFE_SHARE of the tokens that all have seen."""
+    points = {axis: reached(variants, axis) for axis in POINTS}
+    validated = all(story.told("validation_loss") for variant in variants for story in variant.stories)
+    return Comparison(variants, points, EMA_HALF_LIFE_SHARE * points["tokens"], validated)

@@ -1,0 +1,1 @@
+"""Whether a run comes out the same again: its environment, its data, its numbers."""
