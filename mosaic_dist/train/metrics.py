@@ -16,10 +16,11 @@ class MetricsFile:
     `auxiliary_loss`, `learning_rate`, `grad_norm` (before clipping), `skipped`, `step_seconds`, `data_seconds` (of
     these, those that the main process waited for data) and their share `data_share`, `tokens_per_second`, `mfu`,
     `memory_bytes` (the most that the main process has needed so far: see `memory.py`), `epoch` (of the data, with its
-    fraction), `expert_max_over_mean` (worst layer), `z_loss` (where the model has one), and on some steps `validation_loss` and `validation_exact_match`
-    (share of the questions answered to the letter). Of a mixture there are `epoch/NAME` and `validation_loss/NAME` for
-    each stream; `validation_loss` is their mean by proportion. The first record after a checkpoint is there has
-    `save_seconds` (all that it took) and `save_stall_seconds` (for which training waited).
+    fraction), `expert_max_over_mean` (worst layer), `z_loss` (where the model has one), and on some steps
+    `validation_loss` and `validation_exact_match` (share of the questions answered to the letter). Of a mixture there
+    are `epoch/NAME` and `validation_loss/NAME` for each stream; `validation_loss` is their mean by proportion. The
+    first record after a checkpoint is there has `save_seconds` (all that it took) and `save_stall_seconds` (for which
+    training waited).
 
     Every `logging.experts_every_steps` there is also `experts`, with an object for each block that has experts, by its
     name in the model (`blocks.1`). All but the last of its fields are of the step's global batch: `load` (choices per
