@@ -3,13 +3,14 @@
 from mosaic_dist.optim.adamw import AdamW, Optimizer
 from mosaic_dist.optim.groups import parameter_groups
 from mosaic_dist.optim.muon import Muon
-from mosaic_dist.optim.schedule import WSD, Constant, Cosine, InverseSquareRoot, Linear, Schedule
+from mosaic_dist.optim.schedule import WSD, Constant, Cosine, Exponential, InverseSquareRoot, Linear, Schedule
 
 __all__ = [
     "WSD",
     "AdamW",
     "Constant",
     "Cosine",
+    "Exponential",
     "InverseSquareRoot",
     "Linear",
     "Muon",

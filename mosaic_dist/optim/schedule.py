@@ -75,6 +75,16 @@ class WSD(Schedule, type="wsd"):
         return 1 - (1 - self.final_fraction) * gone
 
 
+class Exponential(Schedule, type="exponential"):
+    """From `first_fraction` up to 1, by the same factor at each step: the range test of Smith (arXiv 1506.01186)."""
+
+    first_fraction: Fraction = 1e-6
+
+    def after_warmup(self, step: int, steps: int) -> float:
+        """See the class."""
+        return self.first_fraction ** (1 - share_done(step, self.warmup_steps, steps - 1))
+
+
 class InverseSquareRoot(Schedule, type="inverse_sqrt"):
     """1 / sqrt(update number), scaled to follow the warm-up without a jump (Vaswani et al., arXiv 1706.03762, 5.3).
 

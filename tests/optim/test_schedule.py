@@ -7,7 +7,7 @@ import torch
 from torch.optim import lr_scheduler
 from transformers import get_inverse_sqrt_schedule, get_wsd_schedule
 
-from mosaic_dist.optim import WSD, Cosine, InverseSquareRoot, Linear, Schedule
+from mosaic_dist.optim import WSD, Cosine, Exponential, InverseSquareRoot, Linear, Schedule
 
 WARMUP, STEPS = 8, 60
 
@@ -33,6 +33,13 @@ def test_linear_and_cosine_are_torchs():
     assert factors(Linear(warmup_steps=WARMUP, final_fraction=0.25)) == pytest.approx(line)
     curve = stepped(lr_scheduler.CosineAnnealingLR, T_max=STEPS - WARMUP, eta_min=0.25)
     assert factors(Cosine(warmup_steps=WARMUP, final_fraction=0.25)) == pytest.approx(curve)
+
+
+def test_exponential_is_torchs():
+    schedule = Exponential(first_fraction=1e-4)
+    theirs = stepped(lr_scheduler.ExponentialLR, gamma=1e4 ** (1 / (STEPS - WARMUP)))  # one update more than steps
+    ours = [schedule.factor(step, STEPS - WARMUP + 1) for step in range(STEPS - WARMUP + 1)]
+    assert ours == pytest.approx([1e-4 * factor for factor in theirs])
 
 
 @pytest.mark.parametrize("shape", ["linear", "1-sqrt"])
