@@ -26,6 +26,7 @@ from mosaic_dist.evaluate.generate import generate as generate_tokens
 from mosaic_dist.memory import keep_freed_memory
 from mosaic_dist.plan.command import plan
 from mosaic_dist.plan.sizes import size_table
+from mosaic_dist.profiling.command import profile
 from mosaic_dist.reproduce.command import reproduce
 from mosaic_dist.run_spec import Run
 from mosaic_dist.spec import Fraction, NonNegativeFloat, Positive, PositiveFloat
@@ -183,6 +184,7 @@ def main() -> None:
         "recipes": recipes,
         "plan": plan,
         "doctor": doctor,
+        "profile": profile,
         "plot": plot,
         "report": report,
         "sweep": sweep,
