@@ -71,7 +71,12 @@ def marked(engine: Engine) -> Iterator[Ranges]:
     hooks.append(model.norm.register_forward_pre_hook(lambda *_: ranges.enter("head and loss")))
     hooks.append(model.register_forward_hook(lambda *_: ranges.leave()))  # the head and the loss are its last words
     before = engine.before_update
-    engine.before_update = lambda: (before(), ranges.enter(UPDATE))[0]
+
+    def begin_update() -> None:
+        before()
+        ranges.enter(UPDATE)
+
+    engine.before_update = begin_update
     try:
         yield ranges
     finally:
