@@ -10,9 +10,14 @@ weights and moments are there (12 bytes per parameter), and then does in turn, s
     cp            of the float32 weights, with a sync                           export       of the same, float32
 
 Before each reading the files are dropped from the page cache as far as the system lets us. Best of `--rounds`.
+
+With `--exports` nothing is trained: another process writes a checkpoint of weights alone, and this one copies and
+exports it in turns, with the files in the page cache and without. Every round is told.
 """
 
 import gc
+import math
+import multiprocessing
 import os
 import shutil
 import tempfile
@@ -25,11 +30,12 @@ import fire
 import torch
 from tqdm import tqdm
 
-from mosaic_dist.checkpoint import Checkpoint
+from mosaic_dist.checkpoint import Checkpoint, Piece, save
 from mosaic_dist.checkpoint.background import BackgroundSave
 from mosaic_dist.checkpoint.engine_state import engine_state, load_engine, save_engine
 from mosaic_dist.checkpoint.store import BLOCK_BYTES
 from mosaic_dist.convert import export_checkpoint
+from mosaic_dist.convert.native import expected_shapes
 from mosaic_dist.data.tokenizer import train_bpe
 from mosaic_dist.memory import keep_freed_memory
 from mosaic_dist.model import GQA, Block, RMSNorm, RoPE, SwiGLU, Transformer, Untied, count_parameters
@@ -161,7 +167,7 @@ def deepspeeds(watch: Watch, folder: Path, engine: Engine) -> None:
     shutil.rmtree(root)
 
 
-def exports(watch: Watch, folder: Path, model: Transformer, checkpoint: Path, weights: Path) -> None:
+def export_beside_copy(watch: Watch, folder: Path, model: Transformer, checkpoint: Path, weights: Path) -> None:
     """Export to float32 beside a copy of the same bytes."""
 
     def copy() -> None:
@@ -176,6 +182,51 @@ def exports(watch: Watch, folder: Path, model: Transformer, checkpoint: Path, we
     watch.time("export", lambda: export_checkpoint(Checkpoint.open(checkpoint), model, "m", tokenizer, output))
     os.replace(output / "model.safetensors", weights)
     shutil.rmtree(output)
+
+
+def write_weights_alone(folder: Path, millions: int) -> None:
+    """A checkpoint of float32 weights, and a tokenizer."""
+    shapes = expected_shapes(spec(millions))
+    pieces = [Piece(name, "master", 0, torch.ones(math.prod(shape))) for name, shape in shapes.items()]
+    save(folder, 1, pieces, shapes, {}, {})
+    train_bpe(["one two"], 259).save(folder / "tokenizer.json")
+
+
+def exports_alone(folder: Path, millions: int, rounds: int) -> str:
+    """Seconds of copies and exports as Markdown, and the speed of the exports beside that of the copies.
+
+    Both go first in turn and remove what they wrote at once, after a round that does not count: memory that a virtual
+    machine has not had before is slow when it is touched, also as page cache.
+    """
+    writing = multiprocessing.get_context("spawn").Process(target=write_weights_alone, args=(folder, millions))
+    writing.start()
+    writing.join()
+    (checkpoint,) = folder.glob("step_*")
+    (weights,) = checkpoint.glob("*.safetensors")
+    model, copied, exported, rows = spec(millions), folder / "copy", folder / "exported", []
+
+    def copy() -> None:
+        shutil.copyfile(weights, copied)
+        sync(copied)
+
+    def export() -> None:
+        export_checkpoint(Checkpoint.open(checkpoint), model, "m", folder / "tokenizer.json", exported)
+
+    for place in ("in the page cache", "dropped from it"):
+        for number in range(rounds + 1):
+            watch, contenders = Watch(), [("cp", copy), ("export", export)]
+            for name, work in contenders if number % 2 else reversed(contenders):
+                if place != "in the page cache":
+                    forget(weights)
+                watch.time(name, work)
+                copied.unlink(missing_ok=True)
+                shutil.rmtree(exported, ignore_errors=True)
+            cp, taken = watch.seconds["cp"], watch.seconds["export"]
+            if number:
+                rows.append(f"| {place} | {cp:.2f} | {taken:.2f} | {cp / taken:.0%} |")
+    size = weights.stat().st_size
+    head = [f"| {millions}M, {size / 1e9:.2f} GB, files | cp, s | export, s | speed of cp |", "|---|---:|---:|---:|"]
+    return "\n".join([*head, *rows])
 
 
 def table(millions: int, watch: Watch, size_bytes: int, weight_bytes: int) -> list[str]:
@@ -200,17 +251,26 @@ def table(millions: int, watch: Watch, size_bytes: int, weight_bytes: int) -> li
     return rows
 
 
-def main(millions: int | tuple[int, ...] = (100, 400), rounds: int = 3, folder: str | None = None) -> None:
+def main(
+    millions: int | tuple[int, ...] = (100, 400), rounds: int = 3, folder: str | None = None, exports: bool = False
+) -> None:
     """Print a table for each size.
 
     Args:
         millions: sizes of the models, in millions of parameters.
         rounds: how often each work is done; the best counts.
         folder: where to write; a folder of its own is made there and removed.
+        exports: only these, in a process that has trained nothing.
     """
     keep_freed_memory()
+    sizes = millions if isinstance(millions, tuple) else (millions,)
+    if exports:
+        for size in sizes:
+            with tempfile.TemporaryDirectory(dir=folder) as place:
+                print(exports_alone(Path(place), size, rounds), flush=True)
+        return
     world = join_world(600)
-    for size in millions if isinstance(millions, tuple) else (millions,):
+    for size in sizes:
         model = spec(size)
         engine = trained(model, world)
         background = BackgroundSave(600)
@@ -226,7 +286,7 @@ def main(millions: int | tuple[int, ...] = (100, 400), rounds: int = 3, folder: 
             for _ in tqdm(range(rounds), desc=f"{size}M", unit="round", disable=None):
                 disk(watch, here, block, size_bytes)
                 saved = ours(watch, here, engine, background)
-                exports(watch, here, model, saved, weights)
+                export_beside_copy(watch, here, model, saved, weights)
                 deepspeeds(watch, here, engine)
                 shutil.rmtree(saved)
         print("\n".join(table(size, watch, size_bytes, 4 * parameters)), flush=True)
