@@ -3,11 +3,13 @@
 Williams et al. 2009, doi 10.1145/1498765.1498785. `ASSUMPTIONS` says what this leaves out.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 
 from mosaic_dist.hardware import Device
+from mosaic_dist.optim.muon import ITERATIONS
 from mosaic_dist.plan.layout import Group, Layout
 from mosaic_dist.plan.microbatch import Microbatch
 from mosaic_dist.plan.states import holders
@@ -37,6 +39,7 @@ class Duration(NamedTuple):
     gradients: float
     weights: float
     update: float
+    """With what Muon sends and multiplies for it."""
 
     @property
     def total(self) -> float:
@@ -54,20 +57,33 @@ def step_duration(
         if work.is_product:
             arithmetic = work.flops / (device.rate(PRECISIONS[work.dtype]) * device.reachable)
         seconds[work.is_product] += times * max(arithmetic, work.bytes / device.memory_bytes_per_second)
-    on_links = dict.fromkeys(("rows", "loads", "gradients", "weights"), 0.0)
+    on_links = dict.fromkeys(("rows", "loads", "gradients", "weights", "matrices"), 0.0)
     for flow in flows:
         inside = flow.sent_inside / device.node_bytes_per_second
         between = flow.sent_between / device.network_bytes_per_second
         on_links[flow.what.split()[0]] += max(inside, between)
-    shares = sum(group.elements / (holders(layout, group) if layout.stage else 1) for group in groups)
+    sharers = [holders(layout, group) if layout.stage else 1 for group in groups]
+    shares = sum(group.elements / ranks for group, ranks in zip(groups, sharers, strict=True))
+    muon = sum(_muon_flops(group) / ranks for group, ranks in zip(groups, sharers, strict=True))
     return Duration(
         products=seconds[True] * layout.accumulation,
         other=seconds[False] * layout.accumulation,
         exchange=on_links["rows"] + on_links["loads"],
         gradients=on_links["gradients"],
         weights=on_links["weights"],
-        update=shares * UPDATE_BYTES / device.memory_bytes_per_second,
+        update=shares * UPDATE_BYTES / device.memory_bytes_per_second
+        + muon / (device.rate(layout.precision) * device.reachable)
+        + on_links["matrices"],
     )
+
+
+def _muon_flops(group: Group) -> float:
+    """Operations of making a group's matrices orthogonal, three products for each iteration; 0 for AdamW's."""
+    flops = 0.0
+    for *stack, rows, columns in group.shapes if group.by_muon else ():
+        small, large = sorted((rows, columns))
+        flops += math.prod(stack) * ITERATIONS * (4 * small**2 * large + 2 * small**3)
+    return flops
 
 
 PRECISIONS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}

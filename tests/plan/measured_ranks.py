@@ -43,7 +43,7 @@ class Collectives(TorchDispatchMode):
             whole = tensors if name == "allreduce_" else [max(tensors, key=lambda tensor: tensor.numel())]
             if name == "alltoall_base_":
                 whole = tensors[1:]  # output, input
-            if tensors[0].numel() > 1 and size > 1:  # a single number is a loss or a norm
+            if max(map(torch.Tensor.numel, tensors)) > 1 and size > 1:  # a single number is a loss or a norm
                 self.bytes[f"{KINDS[name]} {size}"] += sum(tensor.nbytes for tensor in whole)
         return func(*args, **(kwargs or {}))
 
