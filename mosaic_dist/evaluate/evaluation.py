@@ -21,15 +21,15 @@ class Evaluation(Spec):
 
     def made_on(self) -> str:
         """The data, in a word."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} has no data: choose a kind of evaluation")
 
     def measure(self, opened: Opened, world: World) -> dict[str, Any]:
         """The figures, as JSON takes them. Every rank calls, and gets the same. UserError for what does not fit."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} has no figures: choose a kind of evaluation")
 
     def measures(self, figures: Mapping[str, Any]) -> dict[str, float]:
         """The few of the figures that a table shows, by their names there."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} has no table: choose a kind of evaluation")
 
 
 def in_one_process(world: World, what: str) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mosaic_dist.targets import IGNORE_INDEX
 from tests.launch import check, run_ranks
-from tests.parallel.mixed import BATCH, CHOICES, LENGTH, MODEL, RATE, Case, batches, cases, plain_training
+from tests.parallel.mixed import BATCH, CHOICES, LENGTH, MODEL, RATE, Case, Plain, batches, cases, plain_training
 
 CASES = [case for ranks in (1, 2, 4, 8) for case in cases(ranks)]
 EXACT = [case for case in CASES if case.precision == "fp32"]
@@ -38,18 +38,26 @@ def deviation(got: Tensor, expected: Tensor) -> float:
     return ((got - expected).norm() / expected.norm()).item()
 
 
+def assert_plain_loop(got: dict[str, Tensor], expected: Plain) -> None:
+    """Numbers of all steps, the first gradient and the final weights are those of one process without DeepSpeed."""
+    torch.testing.assert_close(
+        got["told/results"][:, :3], torch.tensor(expected.results).double(), rtol=1e-5, atol=1e-6
+    )
+    gradients = part(got, "gradient")
+    assert gradients.keys() == expected.gradients.keys()
+    for name, gradient in expected.gradients.items():
+        assert deviation(gradients[name], gradient) < 1e-5, name
+    for name, weight in part(got, "weight").items():
+        torch.testing.assert_close(weight, expected.weights[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: n + m)
+
+
 @pytest.mark.parametrize("case", EXACT, ids=str)
 def test_float32_is_the_plain_loop(trained, case):
     """A gradient is what the optimizer saw, from its moment after the first step: clipped, of every parameter."""
     got, expected = trained[case], plain(case.ranks, case.accumulation)
-    results, gradients, weights = got["told/results"], part(got, "gradient"), part(got, "weight")
-    torch.testing.assert_close(results[:, :3], torch.tensor(expected.results).double(), rtol=1e-5, atol=1e-6)
-    assert gradients.keys() == expected.gradients.keys()
-    for name, gradient in expected.gradients.items():
-        assert deviation(gradients[name], gradient) < 1e-5, name
+    assert_plain_loop(got, expected)
+    results, weights = got["told/results"], part(got, "weight")
     assert weights.keys() == {name for name in expected.weights if name != "head.weight"}  # which is the table
-    for name, weight in weights.items():
-        torch.testing.assert_close(weight, expected.weights[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: n + m)
     corrections = weights["blocks.0.ffn.router.correction"] / RATE
     torch.testing.assert_close(corrections, expected.weights["blocks.0.ffn.router.correction"] / RATE)
     assert corrections.count_nonzero() > 4

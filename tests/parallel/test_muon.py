@@ -13,7 +13,7 @@ from mosaic_dist.parallel.cut_matrices import Matrix, choose_workers, matrices_o
 from mosaic_dist.parallel.partition import Cut
 from tests.launch import check, run_ranks
 from tests.parallel.mixed import OPTIMIZERS, muon_cases, plain_training
-from tests.parallel.test_equality import deviation, part
+from tests.parallel.test_equality import assert_plain_loop, deviation, part
 
 CASES = [case for ranks in (1, 4) for case in muon_cases(ranks)]
 EXACT = [case for case in CASES if case.precision == "fp32"]
@@ -36,14 +36,7 @@ def plain(ranks: int, accumulation: int, optimizer: str = "muon"):
 @pytest.mark.parametrize("case", EXACT, ids=str)
 def test_float32_is_the_plain_loop(trained, case):
     """The iteration stretches directions that a gradient hardly has up to 500 times, and its rounding with them."""
-    got, expected = trained[case], plain(case.ranks, case.accumulation)
-    results, gradients, weights = got["told/results"], part(got, "gradient"), part(got, "weight")
-    torch.testing.assert_close(results[:, :3], torch.tensor(expected.results).double(), rtol=1e-5, atol=1e-6)
-    assert gradients.keys() == expected.gradients.keys()
-    for name, gradient in expected.gradients.items():
-        assert deviation(gradients[name], gradient) < 1e-5, name
-    for name, weight in weights.items():
-        torch.testing.assert_close(weight, expected.weights[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: n + m)
+    assert_plain_loop(trained[case], plain(case.ranks, case.accumulation))
 
 
 @pytest.mark.parametrize("case", ROUNDED, ids=str)
