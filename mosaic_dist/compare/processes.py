@@ -24,6 +24,8 @@ from mosaic_dist.train.folder import RunFolder
 from mosaic_dist.train.interruption import INTERRUPTED_EXIT_CODE, STOP_SIGNALS
 
 DEFAULT_LAUNCHER = "deepspeed --master_port {port} --num_gpus 1"
+PROGRAMS = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+"""Where launchers are looked for: first beside the interpreter at work, whose environment may not be activated."""
 LOOK_SECONDS = 0.5
 TAIL_BYTES = 1 << 18
 """Of a metrics file, in which its last whole record begins."""
@@ -68,7 +70,12 @@ class Queue:
         """Start a process in a session of its own, so that Ctrl-C does not reach it; what it prints goes to `log`."""
         with open(log, "ab") as output:
             self._process = subprocess.Popen(
-                words, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=os.environ | {"PATH": PROGRAMS},
             )
         if self.is_stopping:  # the signal came while it started
             self._hand_on()
@@ -99,7 +106,7 @@ class Progress:
 def run_all(planned: Sequence[Planned], launcher: str) -> list[Outcome]:
     """Train what is not finished, in order. UserError where there is no such launcher."""
     program = shlex.split(launcher)[:1]
-    if not program or shutil.which(program[0]) is None:
+    if not program or shutil.which(program[0], path=PROGRAMS) is None:
         raise UserError(f"--launcher {launcher!r}: no such program; see --help")
     progress, outcomes = Progress(planned), []
     with Queue() as queue, progress.bar:

@@ -183,6 +183,14 @@ def test_a_launcher_that_is_not_there(sheet, tmp_path):
         processes.run_all(planned, "no_such_program")
 
 
+def test_launchers_are_those_of_the_interpreter(sheet, launcher, tmp_path):
+    """Also where its environment is not activated, and PATH leads to another python."""
+    (tmp_path / "stub.sh").write_text('command -v python >>"$CALLS"; exit 1')
+    processes.run_all(plan_runs(read_spec(Sweep, sheet), {}, tmp_path / "out"), launcher)
+    found = (tmp_path / "calls").read_text().split()
+    assert {Path(path).parent for path in found} == {Path(sys.executable).parent}
+
+
 def test_the_port_is_a_number(sheet, launcher, tmp_path):
     (tmp_path / "stub.sh").write_text('echo "$1" >>"$CALLS"; exit 1')
     processes.run_all(plan_runs(read_spec(Sweep, sheet), {}, tmp_path / "out"), f"{launcher} {{port}}")
