@@ -1,17 +1,19 @@
 """Metrics for W&B and TensorBoard: offline, without a login, continued under the same id."""
 
-import importlib.util
 import re
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mosaic_dist.train.metrics import read_metrics
 from mosaic_dist.train.trackers import TensorboardTracker
 from tests.end_to_end.conftest import SMALL, command
 
 pytestmark = pytest.mark.timeout(300)
 
 
-def test_wandb_offline_keeps_its_id(dataset, tmp_path):
+def test_a_run_tells_both(dataset, tmp_path):
+    """W&B is offline and keeps its id over a resumption; TensorBoard's files hold what metrics.jsonl holds."""
     folder = tmp_path / "run"
     words = [
         "python",
@@ -22,7 +24,7 @@ def test_wandb_offline_keeps_its_id(dataset, tmp_path):
         folder,
         *SMALL,
         "--logging.trackers",
-        "[wandb]",
+        "[wandb, tensorboard]",
     ]
     ids = []
     for stop in ("2", "3"):
@@ -36,22 +38,28 @@ def test_wandb_offline_keeps_its_id(dataset, tmp_path):
         content = log.read_bytes()
         assert re.search(rb"experts/blocks\.3/max_over_mean\W{1,8}[1-4](\.\d|\W)", content)
         assert re.search(rb'experts/blocks\.0/load.{1,16}"histogram"\n', content, re.DOTALL)
+    told = EventAccumulator(str(folder / "tensorboard")).Reload().Scalars("loss")
+    records = read_metrics(folder / "metrics.jsonl")
+    assert [(event.step, event.value) for event in told] == [
+        (record["step"], pytest.approx(record["loss"], rel=1e-6)) for record in records
+    ]
+    assert len(told) == 3
 
 
 def test_tensorboard_gets_numbers_and_histograms(tmp_path):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     tracker = TensorboardTracker(None, tmp_path)
     tracker.write(7, {"experts/blocks.1/dead": 0.25}, {"experts/blocks.1/load": [0, 3, 3, 6]})
     tracker.writer.close()
-    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("experts/blocks.1/dead")] == [(7, 0.25)]
     (event,) = events.Histograms("experts/blocks.1/load")
     histogram = event.histogram_value
     assert (event.step, histogram.min, histogram.max, histogram.num, histogram.sum) == (7, 0, 6, 4, 12)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is not None, reason="tensorboard is installed")
-def test_a_missing_tensorboard_is_told(dataset, tmp_path):
+def test_a_missing_tensorboard_is_told(dataset, tmp_path, monkeypatch):
+    (tmp_path / "tensorboard.py").write_text("raise ModuleNotFoundError('not installed')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     words = ["python", "recipes/t4_moe.py", "--data", dataset, "--output", tmp_path / "run", *SMALL]
     done = command(*words, "--logging.trackers", "[tensorboard]")
     assert done.returncode == 2

@@ -6,6 +6,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mosaic_dist.figure import publish, pyplot
 from mosaic_dist.spec import override
@@ -141,12 +142,11 @@ def test_a_service_that_cannot_begin_is_done_without(tmp_path, monkeypatch, caps
 
 
 def test_tensorboard_gets_the_pictures(tmp_path):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     figure, axes = pyplot.subplots(figsize=(2, 1))
     axes.plot([1, 2])
     publish(figure, tmp_path / "loss.png")
     tracker = TensorboardTracker(None, tmp_path)
     tracker.write(7, {"loss": 0.25}, {})
     close_trackers([tracker], [tmp_path / "loss.png"])
-    (event,) = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload().Images("loss")
+    (event,) = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Images("loss")
     assert (event.step, event.width, event.height) == (7, 240, 120)
