@@ -57,6 +57,7 @@ def resolve(run: Run, ds_config: str | None, world_size: int, local_size: int) -
     """Settle what the cluster decides. Raises UserError for what does not fit; nothing has started yet."""
     with at("model"):
         counts = count_parameters(run.model)
+        run.model.width_factors()  # refuses a base that does not fit
     experts = _expert_counts(run.model)
     raw = read_config(ds_config)
     precision = resolve_precision(run.precision, raw)

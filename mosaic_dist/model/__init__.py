@@ -40,6 +40,7 @@ from mosaic_dist.model.rows import Rows, gather, spread
 from mosaic_dist.model.ternary import TernaryMatrix, pack_ternary, ternary, unpack_ternary
 from mosaic_dist.model.transformer import LossParts, Transformer, TransformerModel
 from mosaic_dist.model.unit import UnitMatrix
+from mosaic_dist.model.width import Factors, MuP
 
 __all__ = [
     "FFN",
@@ -61,6 +62,7 @@ __all__ = [
     "Experts",
     "Factored",
     "FactoredOutput",
+    "Factors",
     "GroupedLinear",
     "Head",
     "Init",
@@ -77,6 +79,7 @@ __all__ = [
     "MixtureOfExperts",
     "MoE",
     "MoESwiGLU",
+    "MuP",
     "NTKScaling",
     "NoPosition",
     "Norm",

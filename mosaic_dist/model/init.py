@@ -6,6 +6,7 @@ device: any split of the model over processes starts from the same numbers.
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 import xxhash
@@ -29,15 +30,15 @@ class Init(Spec, type="gpt2"):
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, init: Init, layers: int, seed: int) -> None:
-    """Fill every parameter of a model in place."""
-    done = set()
+def initialize(model: nn.Module, init: Init, layers: int, seed: int, starts: Mapping[str, float] | None = None) -> None:
+    """Fill every parameter of a model in place; `starts` are factors on deviations and constants, by parameter."""
+    done, starts = set(), starts or {}
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter not in done:  # a tied table is met twice
                 done.add(parameter)
-                std = _deviation(module, init, layers)
-                _fill(module, parameter, name, f"{module_name}.{name}", std, seed)
+                full_name, std = f"{module_name}.{name}", _deviation(module, init, layers)
+                _fill(module, parameter, name, full_name, std, starts.get(full_name, 1.0), seed)
 
 
 def _deviation(module: nn.Module, init: Init, layers: int) -> float:
@@ -48,19 +49,21 @@ def _deviation(module: nn.Module, init: Init, layers: int) -> float:
     return init.std / math.sqrt(2 * layers) if residual else init.std
 
 
-def _fill(module: nn.Module, parameter: Tensor, name: str, full_name: str, std: float, seed: int) -> None:
-    starts: dict[str, float] = getattr(module, "starts", {})
+def _fill(
+    module: nn.Module, parameter: Tensor, name: str, full_name: str, std: float, factor: float, seed: int
+) -> None:
+    constants: dict[str, float] = getattr(module, "starts", {})
     if name == "bias":
         parameter.zero_()
-    elif name in starts:
-        parameter.fill_(starts[name])
+    elif name in constants:
+        parameter.fill_(constants[name] * factor)
     elif isinstance(module, nn.RMSNorm | nn.LayerNorm):
-        parameter.fill_(1.0)
+        parameter.fill_(factor)
     elif isinstance(module, GroupedLinear):
         for i in range(parameter.shape[0]):
-            parameter[i] = _normal(parameter[i], std, f"{seed}/{full_name}/{module.first_expert + i}")
+            parameter[i] = _normal(parameter[i], std * factor, f"{seed}/{full_name}/{module.first_expert + i}")
     else:
-        parameter.copy_(_normal(parameter, std, f"{seed}/{full_name}"))
+        parameter.copy_(_normal(parameter, std * factor, f"{seed}/{full_name}"))
 
 
 def _normal(like: Tensor, std: float, stream: str) -> Tensor:

@@ -15,7 +15,8 @@ from mosaic_dist.model.init import Init, initialize, materialize
 from mosaic_dist.model.loss import Loss, Scores
 from mosaic_dist.model.norm import Norm, RMSNorm
 from mosaic_dist.model.position import Learned, Position
-from mosaic_dist.spec import Positive, Spec, SpecError, at
+from mosaic_dist.model.width import Factors, MuP, width_factors
+from mosaic_dist.spec import Positive, Spec, SpecError, at, override
 
 
 class Transformer(Spec):
@@ -49,8 +50,18 @@ class Transformer(Spec):
         with torch.device("meta"):
             model = self.build()
         materialize(model, torch.device(device))
-        initialize(model, self.init, len(self.blocks), seed)
+        starts = {name: factors.start for name, factors in self.width_factors().items()}
+        initialize(model, self.init, len(self.blocks), seed, starts)
         return model
+
+    def width_factors(self) -> dict[str, Factors]:
+        """What each parameter does otherwise than in the base of `MuP`; empty with another `init`."""
+        if not isinstance(self.init, MuP):
+            return {}
+        with torch.device("meta"), at("init.base"):
+            base = override(self, dict(self.init.base)).build()
+        with torch.device("meta"):
+            return width_factors(self.build(), base)
 
 
 class LossParts(NamedTuple):

@@ -1,11 +1,12 @@
 """AdamW (Loshchilov and Hutter, arXiv 1711.05101)."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from mosaic_dist.optim.groups import parameter_groups
+from mosaic_dist.optim.groups import NO_RATES, Rates, parameter_groups, split_rates
 from mosaic_dist.spec import Fraction, NonNegativeFloat, PositiveFloat, Spec
 
 
@@ -16,9 +17,12 @@ class Optimizer(Spec):
     weight_decay: NonNegativeFloat = 0.1
     clip_norm: NonNegativeFloat = 1.0
 
-    def groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """The groups of a model's parameters that `build` wants."""
-        return parameter_groups(model, self.weight_decay)
+    def groups(self, model: nn.Module, rates: Mapping[str, Rates] = NO_RATES) -> list[dict[str, Any]]:
+        """The groups of a model's parameters that `build` wants; `rates` by parameter name.
+
+        Whoever sets a group's learning rate multiplies it by the group's `rate`.
+        """
+        return split_rates(parameter_groups(model, self.weight_decay), model, rates)
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """The optimizer over parameter groups (see `groups`)."""

@@ -1,11 +1,28 @@
-"""Which parameters decay towards zero, which do not, and which are the matrices of the blocks."""
+"""Which parameters decay towards zero, which do not, which are the matrices of the blocks, and how fast each learns."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 from torch import nn
 
 PER_OUTPUT = ("bias", "scale")
 """Names of parameters with a number per output, which are matrices where experts are stacked."""
+
+
+class Rates(Protocol):
+    """Factors on a parameter's learning rate, one where Adam updates it and one where Muon does."""
+
+    @property
+    def rate(self) -> float:
+        """Under Adam."""
+
+    @property
+    def muon_rate(self) -> float:
+        """Where Muon updates it."""
+
+
+NO_RATES: Mapping[str, Rates] = {}
+"""All parameters learn at the same rate."""
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -41,4 +58,25 @@ def split_matrices(groups: list[dict[str, Any]], blocks: nn.Module) -> list[dict
         for name, members, by_muon in (("matrices", matrices, True), (group["name"], others, False)):
             if members:
                 found.append(group | {"name": name, "params": members, "by_muon": by_muon})
+    return found
+
+
+def split_rates(groups: list[dict[str, Any]], model: nn.Module, rates: Mapping[str, Rates]) -> list[dict[str, Any]]:
+    """Split each group by the factor on its parameters' learning rate, which is its `rate`; 1 for those not in `rates`.
+
+    What a step takes off a weight, learning_rate * rate * weight_decay of it, is the same for all that decay: the size
+    that weights settle at is not to depend on how fast they learn (Wang and Aitchison, arXiv 2405.13698).
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found: list[dict[str, Any]] = []
+    for group in groups:
+        by_rate: dict[float, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            factors = rates.get(names[parameter])
+            of_group = 1.0 if factors is None else factors.muon_rate if group.get("by_muon") else factors.rate
+            by_rate.setdefault(of_group, []).append(parameter)
+        for rate, members in by_rate.items():
+            name = group["name"] if rate == 1.0 else f"{group['name']}_{rate}"
+            decay = group["weight_decay"] / rate
+            found.append(group | {"name": name, "params": members, "weight_decay": decay, "rate": rate})
     return found

@@ -9,14 +9,14 @@ other parameters beside, and no matrices that ZeRO has cut up.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mosaic_dist.optim.adamw import AdamW
-from mosaic_dist.optim.groups import split_matrices
+from mosaic_dist.optim.groups import NO_RATES, Rates, parameter_groups, split_matrices, split_rates
 from mosaic_dist.spec import Fraction
 
 MOMENTUM = "momentum_buffer"
@@ -45,9 +45,10 @@ class Muon(AdamW, type="muon"):
 
     momentum: Fraction = 0.95
 
-    def groups(self, model: nn.Module) -> list[dict[str, Any]]:
+    def groups(self, model: nn.Module, rates: Mapping[str, Rates] = NO_RATES) -> list[dict[str, Any]]:
         """As AdamW's, and a group `matrices` that is told by `by_muon`."""
-        return split_matrices(super().groups(model), model.get_submodule("blocks"))
+        groups = split_matrices(parameter_groups(model, self.weight_decay), model.get_submodule("blocks"))
+        return split_rates(groups, model, rates)
 
     def build(self, groups: list[dict[str, Any]]) -> "MuonAdamW":
         """See `MuonAdamW`."""

@@ -86,8 +86,9 @@ class Engine:
             deepspeed.utils.set_z3_leaf_modules(model, [Experts if parallel.expert_chunks == 1 else MixtureOfExperts])
         apply_recompute(model, parallel.recompute)
         materialize(model, torch.device("cpu"))
+        factors = spec.width_factors()
         if fill is None:
-            initialize(model, spec.init, len(spec.blocks), seed)
+            initialize(model, spec.init, len(spec.blocks), seed, {name: each.start for name, each in factors.items()})
         else:
             fill(model)
         self.world, self.degree = world, degree
@@ -99,7 +100,7 @@ class Engine:
         """Called before weights, optimizer states or buffers change."""
         self.deepspeed, *_ = deepspeed.initialize(
             model=model,
-            optimizer=optimizer.build(split_expert_groups(optimizer.groups(model))),
+            optimizer=optimizer.build(split_expert_groups(optimizer.groups(model, factors))),
             config=config,
             dist_init_required=False,
         )
@@ -151,7 +152,7 @@ class Engine:
         """Clip and update. Returns the gradient norm and whether the update was skipped."""
         self.before_update()
         for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["rate"]
         if self.zero_stage == 0:
             grad_norm = self._clip_replicated()
             if not math.isfinite(grad_norm):  # on every rank: the norm is a global one
@@ -259,4 +260,5 @@ def split_expert_groups(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Give the experts of each optimizer group a group of their own, as DeepSpeed wants it under expert parallelism."""
     if all(getattr(parameter, "allreduce", True) for group in groups for parameter in group["params"]):
         return groups
-    return deepspeed.moe.utils.split_params_into_different_moe_groups_for_optimizer(groups)
+    split = deepspeed.moe.utils.split_params_into_different_moe_groups_for_optimizer(groups)
+    return [group for group in split if group["params"]]  # nothing is left of a group that was of experts only

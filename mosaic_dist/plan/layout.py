@@ -139,10 +139,8 @@ def rank_groups(model: Transformer, optimizer: Optimizer, degree: int, rank: int
     names = {parameter: name for name, parameter in module.named_parameters()}
     uses = Counter(parameter for _, parameter in module.named_parameters(remove_duplicate=False))
     groups = []
-    for group in split_expert_groups(optimizer.groups(module)):
+    for group in split_expert_groups(optimizer.groups(module, model.width_factors())):
         held = group["params"]
-        if not held:  # split off before a first stack larger than a group may be; DeepSpeed removes it later
-            continue
         is_expert = not getattr(held[0], "allreduce", True)
         of_each = (tuple(names[p] for p in held), tuple(tuple(p.shape) for p in held), tuple(uses[p] for p in held))
         groups.append(Group(*of_each, is_expert, group.get("by_muon", False)))
