@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from mosaic_dist.cli import run_subcommand
 from mosaic_dist.compare.compare import compare
+from mosaic_dist.compare.coordinate_check import coordinate_check
 from mosaic_dist.compare.find_lr import find_lr
 from mosaic_dist.compare.plot import plot
 from mosaic_dist.compare.report import report
@@ -190,6 +191,7 @@ def main() -> None:
         "sweep": sweep,
         "compare": compare,
         "find_lr": find_lr,
+        "coordinate_check": coordinate_check,
         "reproduce": reproduce,
     }
     run_subcommand(commands, "python -m mosaic_dist")
