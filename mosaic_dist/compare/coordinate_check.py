@@ -1,7 +1,7 @@
 """`python -m mosaic_dist coordinate_check`: whether a few steps move a model by as much, however wide it is.
 
-The test of Yang et al. (arXiv 2203.03466, appendix D.1): what changes with the width in the first steps will do so in the
-whole run, and the best learning rate with it.
+The test of Yang et al. (arXiv 2203.03466, appendix D.1): what changes with the width in the first steps will do so in
+the whole run, and the best learning rate with it.
 """
 
 import math
@@ -97,7 +97,8 @@ def at_width(run: Run, width: int, init: str) -> Run:
     if "dim" not in base:
         raise UserError("model.init.base does not name dim, which --widths are values of")
     if broken := [path for path, value in base.items() if value * width % base["dim"]]:
-        raise UserError(f"--widths {width}: {broken[0]} is {base[broken[0]]} of the base's {base['dim']}: no whole number")
+        part = f"{broken[0]} is {base[broken[0]]} at a width of {base['dim']}"
+        raise UserError(f"--widths {width}: {part}, which cannot be scaled to a whole number")
     fields = {f"model.{path}": value * width // base["dim"] for path, value in base.items()}
     with named_run(f"of width {width}"):
         widened = override(run, fields)
@@ -171,10 +172,9 @@ def table(found: Mapping[str, Measured], steps: int) -> str:
     """The slopes of all parts."""
     columns = [(kind, step) for kind in found for step in (0, steps)]
     titles = [f"{kind} {'change' if step else 'start'}" for kind, step in columns]
-    lines = [f"size ~ width^x; x{'':<8}" + "".join(f"{title:>18}" for title in titles)]
-    for part in PARTS:
-        lines.append(f"{part:<18}" + "".join(f"{found[kind].slope(part, step):>+18.2f}" for kind, step in columns))
-    return "\n".join(lines)
+    rows = [("~ width^", [f"{title:>18}" for title in titles])]
+    rows += [(part, [f"{found[kind].slope(part, step):>+18.2f}" for kind, step in columns]) for part in PARTS]
+    return "\n".join(f"{name:<12}{''.join(cells)}" for name, cells in rows)
 
 
 def verdict(measured: Measured, steps: int) -> str:

@@ -20,6 +20,7 @@ from mosaic_dist.model.attention.softmax import MultiHeadAttention
 from mosaic_dist.model.head import HeadModule, UnitLinearHead
 from mosaic_dist.model.init import Init
 from mosaic_dist.model.linear import GroupedLinear
+from mosaic_dist.model.norm import UnitNormModule
 from mosaic_dist.model.unit import Scale, UnitGroupedLinear, UnitLinear
 from mosaic_dist.spec import Positive, SpecError
 
@@ -71,6 +72,10 @@ class Place(NamedTuple):
         return shape[1], shape[0], ()
 
 
+OF_LENGTH_ONE = (Scale, UnitLinear, UnitGroupedLinear, UnitLinearHead, UnitNormModule)
+"""What makes vectors of length one, which is all that nGPT consists of."""
+
+
 def width_factors(model: nn.Module, base: nn.Module) -> dict[str, Factors]:
     """The factors of every parameter of a model, by name, from a base model of other widths; both may be on meta.
 
@@ -95,7 +100,7 @@ def _places(model: nn.Module) -> Iterator[tuple[str, Place]]:
     """Every parameter by its first name."""
     seen = set()
     for module_name, module in model.named_modules():
-        if isinstance(module, Scale | UnitLinear | UnitGroupedLinear | UnitLinearHead):
+        if isinstance(module, OF_LENGTH_ONE):
             raise SpecError(
                 "init",
                 f"'mup' with vectors of length one ({module_name}): how they start and turn does not follow its rules; "

@@ -6,13 +6,13 @@ are written out here from the routers' choices, because `balance_over` is about 
 
 import itertools
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mosaic_dist.model import GELU, MHA, Block, Init, MoE, SigmoidTopK, SwiGLU, Transformer, TransformerModel
+from mosaic_dist.model import GELU, MHA, Block, Init, MoE, MuP, SigmoidTopK, SwiGLU, Transformer, TransformerModel
 from mosaic_dist.model.moe import Routing
 from mosaic_dist.optim import AdamW, Muon, Optimizer
 from mosaic_dist.parallel import Engine, Parallel, Precision, World, fill_config
@@ -52,6 +52,8 @@ MODEL = Transformer(
         ),
     ),
 )
+WIDENED = MuP(std=0.1, base={"dim": 4, "blocks[0].ffn.expert.width": 8})
+"""By which nearly every matrix learns at another rate; the experts of a layer at two."""
 CHOICES = sum(block.ffn.top_k for block in MODEL.blocks)
 """Of each token, in all layers together."""
 
@@ -65,9 +67,10 @@ class Case(NamedTuple):
     accumulation: int
     precision: Precision
     optimizer: str = "adamw"
+    init: Literal["gpt2", "mup"] = "gpt2"
 
     def __str__(self) -> str:
-        suffix = "" if self.optimizer == "adamw" else f"_{self.optimizer}"
+        suffix = "".join(f"_{word}" for word in (self.optimizer, self.init) if word not in ("adamw", "gpt2"))
         return "w{}_z{}_e{}_a{}_{}".format(*self) + suffix
 
 
@@ -77,7 +80,9 @@ def cases(ranks: int) -> list[Case]:
     if ranks == 8:
         return [Case(8, stage, degree, 2 - stage % 2, "fp32") for stage in (0, 2, 3) for degree in degrees]
     found = [Case(ranks, *layout, "fp32") for layout in itertools.product(range(4), degrees, (1, 2))]
-    if ranks != 2:
+    if ranks == 2:
+        found += [Case(ranks, stage, stage % 2 + 1, 1, "fp32", init="mup") for stage in range(4)]
+    else:
         found += [Case(ranks, *layout, "bf16") for layout in itertools.product((1, 2, 3), degrees, (2,))]
     return found
 
@@ -94,7 +99,7 @@ def muon_cases(ranks: int) -> list[Case]:
 def model_of(case: Case) -> Transformer:
     """The model that a layout trains: in bfloat16 one whose losses do not depend on how the batch is cut."""
     if case.precision == "fp32":
-        return MODEL
+        return MODEL if case.init == "gpt2" else replace(MODEL, init=WIDENED)
     uncut = (replace(block, ffn=replace(block.ffn, balance_over="sequence")) for block in MODEL.blocks)
     return replace(MODEL, blocks=tuple(uncut))
 
@@ -146,10 +151,12 @@ class Plain(NamedTuple):
     """After the last step; the corrections of the routers with them."""
 
 
-def plain_training(ranks: int, accumulation: int, chosen: Optimizer = OPTIMIZER) -> Plain:
+def plain_training(ranks: int, accumulation: int, chosen: Optimizer = OPTIMIZER, init: Init = MODEL.init) -> Plain:
     """`MODEL` on one process, as so many ranks with so many micro-batches would have to train it."""
-    model = MODEL.build_initialized(0)
-    optimizer = chosen.build(chosen.groups(model))
+    model = replace(MODEL, init=init).build_initialized(0)
+    optimizer = chosen.build(chosen.groups(model, model.spec.width_factors()))
+    for group in optimizer.param_groups:
+        group["lr"] = LEARNING_RATE * group["rate"]
     results: list[list[float]] = []
     gradients: dict[str, Tensor] = {}
     for inputs, targets in batches():

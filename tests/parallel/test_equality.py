@@ -10,7 +10,20 @@ from torch import Tensor
 
 from mosaic_dist.targets import IGNORE_INDEX
 from tests.launch import check, run_ranks
-from tests.parallel.mixed import BATCH, CHOICES, LENGTH, MODEL, RATE, Case, Plain, batches, cases, plain_training
+from tests.parallel.mixed import (
+    BATCH,
+    CHOICES,
+    LENGTH,
+    MODEL,
+    RATE,
+    WIDENED,
+    Case,
+    Plain,
+    batches,
+    cases,
+    model_of,
+    plain_training,
+)
 
 CASES = [case for ranks in (1, 2, 4, 8) for case in cases(ranks)]
 EXACT = [case for case in CASES if case.precision == "fp32"]
@@ -54,7 +67,7 @@ def assert_plain_loop(got: dict[str, Tensor], expected: Plain) -> None:
 @pytest.mark.parametrize("case", EXACT, ids=str)
 def test_float32_is_the_plain_loop(trained, case):
     """A gradient is what the optimizer saw, from its moment after the first step: clipped, of every parameter."""
-    got, expected = trained[case], plain(case.ranks, case.accumulation)
+    got, expected = trained[case], plain(case.ranks, case.accumulation, init=model_of(case).init)
     assert_plain_loop(got, expected)
     results, weights = got["told/results"], part(got, "weight")
     assert weights.keys() == {name for name in expected.weights if name != "head.weight"}  # which is the table
@@ -85,6 +98,9 @@ def test_the_plain_loop_learns_is_clipped_and_knows_its_layout():
     assert results[:, 2].min() > 0.6  # twice the norm that it is clipped to
     for other in ((1, 2), (2, 1), (2, 2)):  # the balance losses depend on how the batch is cut
         assert abs(plain(*other).results[0][1] - results[0, 1].item()) > 1e-4
+    widened, plainly = (plain(2, 1, init=init).weights for init in (WIDENED, MODEL.init))
+    for name in ("blocks.0.ffn.experts.up.weight", "blocks.1.ffn.experts.up.weight", "norm.weight"):
+        assert deviation(widened[name], plainly[name]) > 0.3, name
     scored = (batches()[0][1] != IGNORE_INDEX).view(4, -1).sum(1)
     assert scored.min() < scored.max() / 2  # ranks score different numbers of tokens
 
