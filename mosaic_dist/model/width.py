@@ -36,6 +36,10 @@ class MuP(Init, type="mup"):
 
     base: dict[str, Positive]
 
+    def __hash__(self) -> int:
+        """Of all values, like other specs', although a dict has none."""
+        return hash((self.std, self.scale_residual, *sorted(self.base.items())))
+
 
 class Factors(NamedTuple):
     """What one parameter does differently from its like in the base model."""

@@ -29,6 +29,7 @@ from mosaic_dist.model import (
     Block,
     LinearAttention,
     MoE,
+    MuP,
     RMSNorm,
     RoPE,
     SigmoidTopK,
@@ -65,6 +66,7 @@ MODELS = {
         blocks=2 * (Block(attention=LinearAttention(heads=2, chunk=4), ffn=GELU(width=48)),),
         norm=RMSNorm(),
         head=Untied(),
+        init=MuP(base={"dim": 16}),
     ),
     "bf16": Transformer(
         vocab=WORDS,

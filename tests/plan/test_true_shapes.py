@@ -119,3 +119,13 @@ def test_a_stack_larger_than_deepspeeds_groups_is_a_group_of_its_own():
     groups = [group for group in rank_groups(run.model, run.optimizer, 2) if group.is_expert]
     assert {group.sizes for group in groups} == {(301_989_888,)}
     assert len(groups) == 3 * len(run.model.blocks)
+
+
+def test_parameters_that_learn_at_another_rate_are_groups_of_their_own():
+    run = run_of("t4_moe")
+    widened = override(run, {"model.init": {"type": "mup", "base": {"dim": 256, "blocks.ffn.expert.width": 1024}}})
+    plain, split = (rank_groups(one.model, one.optimizer, 2) for one in (run, widened))
+    assert len(split) > len(plain)
+    assert sorted(name for group in split for name in group.names) == sorted(n for group in plain for n in group.names)
+    assert sum(group.elements for group in split if group.is_expert) == sum(g.elements for g in plain if g.is_expert)
+    assert all(group.elements for group in split)
