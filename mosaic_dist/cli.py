@@ -49,7 +49,8 @@ def run_subcommand(commands: Mapping[str, Callable[..., Any]], program: str, wor
     words = sys.argv[1:] if words is None else words
     if words and words[0] in commands:
         return run_command(commands[words[0]], f"{program} {words[0]}", words[1:])
-    listing = "\n".join(f"  {name:<10} {summary(function)}" for name, function in commands.items())
+    width = max(map(len, commands))
+    listing = "\n".join(f"  {name:<{width}} {summary(function)}" for name, function in commands.items())
     if not words or words[0] in HELP_FLAGS:
         print(f"usage: {program} COMMAND [FLAGS]\n\n{listing}\n\n`{program} COMMAND --help` tells the flags of one.")
         sys.exit(0 if words else USAGE_EXIT_CODE)
