@@ -71,7 +71,7 @@ def coordinate_check(
 
     --widths N,N,...      values of model.dim
     --output FILE         the picture
-    --steps N             at each width
+    --steps N             at each width; logits behind a projection that stays narrow become flat after 20 or so
     --seeds N             that the sizes are averaged over
     """
     if len(recipe) != 1:
