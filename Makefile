@@ -5,7 +5,7 @@ CORPUS ?= stdlib
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint install clean
+.PHONY: demo test lint bench install clean
 
 demo: $(INSTALLED)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash recipes/demo.sh "$(CORPUS)" $(STEPS)
@@ -17,6 +17,10 @@ lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# prints how training steps compare with the committed results; no time is an error
+bench: $(INSTALLED)
+	$(VENV)/bin/python -m benchmarks.training_step --against benchmarks/results/training_step_cpu.json
 
 install: $(INSTALLED)
 

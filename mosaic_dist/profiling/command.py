@@ -1,5 +1,6 @@
 """`python -m mosaic_dist profile`: some training steps of a recipe under torch's profiler."""
 
+from collections.abc import Callable
 from json import dumps
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from mosaic_dist.parallel import (
     size_from_environment,
 )
 from mosaic_dist.plan.command import load_run
-from mosaic_dist.profiling.phases import STEP, Spent, marked, spent
+from mosaic_dist.profiling.phases import STEP, Spent, marked, spent, step_seconds
 from mosaic_dist.run import resolve
 from mosaic_dist.run_spec import Run
 from mosaic_dist.spec import Positive, override
@@ -59,31 +60,34 @@ def profile(
     engine = Engine(
         run.model, run.optimizer, resolved.config, resolved.expert_parallel, run.seed, world, parallel=run.parallel
     )
-    is_cuda = world.device.type == "cuda"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_cuda else [])]
-    with marked(engine) as ranges:
 
-        def step() -> None:
-            tokens_BT = torch.randint(run.model.vocab, (run.batch_sequences // world.size, run.seq_len + 1))
-            with record_function(STEP):
-                engine.train_step(tokens_BT[:, :-1], tokens_BT[:, 1:], run.optimizer.learning_rate / 100)
-                ranges.leave()  # the update's, which has ended with the step
-                if is_cuda:
-                    torch.cuda.synchronize()
+    def step() -> None:
+        tokens_BT = torch.randint(run.model.vocab, (run.batch_sequences // world.size, run.seq_len + 1))
+        engine.train_step(tokens_BT[:, :-1], tokens_BT[:, 1:], run.optimizer.learning_rate / 100)
 
-        for _ in range(warmup):
-            step()
-        with torch_profile(activities=activities) as profiler:
-            for _ in range(steps):
-                step()
+    for _ in range(warmup):
+        step()
+    profiler = profile_steps(engine, step, steps)
     if world.is_main:
         profiler.export_chrome_trace(str(folder / TRACE))
-        events = profiler.events()
-        whole = sum(event.cpu_time_total for event in events if event.name == STEP) / 1e6
-        phases = spent(events, is_cuda)
+        phases, whole = spent(profiler.events(), world.device.type == "cuda"), step_seconds(profiler.events())
         print(dumps(figures(phases, whole, steps), indent=2) if json else table(run, phases, whole, steps))
         print(folder / TRACE)
     leave_world()
+
+
+def profile_steps(engine: Engine, step: Callable[[], object], steps: int) -> torch_profile:
+    """The profiler after so many steps of an engine, with the ranges that `spent` wants."""
+    is_cuda = engine.world.device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_cuda else [])]
+    with marked(engine) as ranges, torch_profile(activities=activities) as profiler:
+        for _ in range(steps):
+            with record_function(STEP):
+                step()
+                ranges.leave()  # the update's, which has ended with the step
+                if is_cuda:
+                    torch.cuda.synchronize()
+    return profiler
 
 
 def figures(phases: dict[str, Spent], whole: float, steps: int) -> dict[str, Any]:

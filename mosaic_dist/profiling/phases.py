@@ -106,6 +106,11 @@ def spent(events: Any, on_device: bool) -> dict[str, Spent]:
     return dict(sorted(found.items(), key=lambda item: -item[1].total))
 
 
+def step_seconds(events: Any) -> float:
+    """Seconds of all profiled steps together."""
+    return sum(event.cpu_time_total for event in events if event.name == STEP) / 1e6
+
+
 def _ancestors(event: Any) -> Iterator[Any]:
     while event is not None:
         yield event

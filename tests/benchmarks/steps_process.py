@@ -1,0 +1,28 @@
+"""Process of test_training_step: every case in tiny, once around. Prints the results as JSON."""
+
+import json
+
+import deepspeed
+
+from benchmarks.training_step.cases import SIZES, Case, Size, make_case
+from benchmarks.training_step.measure import measure
+from mosaic_dist.model import MoE
+from mosaic_dist.parallel import join_world, leave_world
+from mosaic_dist.spec import override
+
+TINY = Size(layers=1, seq_len=16, micro_batch=2, narrow=4)
+
+
+def tiny(recipe: str) -> Case:
+    """Without a balance loss, which the peers do not have: so all of them do the same."""
+    case = make_case(recipe, TINY._replace(narrow=16) if recipe == "gptoss_20b" else TINY)
+    if not isinstance(case.run.model.blocks[0].ffn, MoE):
+        return case
+    return case._replace(run=override(case.run, {"model.blocks.ffn.balance_weight": 0.0}))
+
+
+if __name__ == "__main__":
+    world = join_world(60)
+    deepspeed.init_distributed(dist_init_required=False)
+    print(json.dumps([measure(tiny(recipe), ("fp32",), 2, world) for recipe in SIZES["cpu"]]))
+    leave_world()
