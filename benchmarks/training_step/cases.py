@@ -87,15 +87,16 @@ def make_case(recipe: str, size: Size) -> Case:
 
 
 def _cut(model: Transformer, size: Size) -> Transformer:
-    layers = size.layers or len(model.blocks)
-    vocab = model.vocab * layers / len(model.blocks) / size.narrow
-    model = dataclasses.replace(model, blocks=model.blocks[:layers])
+    share = (size.layers or len(model.blocks)) / len(model.blocks) / size.narrow
+    if share == 1:
+        return model
+    model = dataclasses.replace(model, blocks=model.blocks[: size.layers or None])
     narrowed = {
         path: max(1, value // size.narrow)
         for path, value in leaves(model)
         if path.rpartition(".")[2] in NARROWED and not path.startswith("position") and isinstance(value, int)
     }
-    return override(model, {**narrowed, "vocab": math.ceil(vocab / ROUND_VOCABULARY) * ROUND_VOCABULARY})
+    return override(model, {**narrowed, "vocab": math.ceil(model.vocab * share / ROUND_VOCABULARY) * ROUND_VOCABULARY})
 
 
 # --- twins --------------------------------------------------------------------------------------------------------
