@@ -207,7 +207,10 @@ class Product(NamedTuple):
 
 
 class Products(TorchDispatchMode):
-    """Counts the matrix products inside a `with` block."""
+    """Counts the matrix products inside a `with` block.
+
+    Not those of attention, nor a GPU's grouped products: the ceiling is that of plain ones.
+    """
 
     def __init__(self) -> None:
         super().__init__()
