@@ -19,7 +19,7 @@ from mosaic_dist.profiling.command import profile_steps
 from mosaic_dist.profiling.phases import spent, step_seconds
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PROFILED_STEPS = 3
+PROFILED_STEPS = 2
 CEILING_SHARE, CEILING_REPEATS = 0.9, 5
 
 
