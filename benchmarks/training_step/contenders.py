@@ -14,6 +14,7 @@ from benchmarks.moe_layer import Size as LayerSize
 from benchmarks.moe_layer import make_autoep
 from benchmarks.training_step.cases import Case
 from benchmarks.training_step.plain_gpt2 import PlainGPT2
+from mosaic_dist.model import count_parameters
 from mosaic_dist.optim import AdamW
 from mosaic_dist.parallel import Engine, World, read_config
 from mosaic_dist.parallel.engine import split_expert_groups
@@ -139,7 +140,10 @@ def _under_deepspeed(model: nn.Module, case: Case, precision: Precision, world: 
 
 
 def _config(case: Case, precision: Precision) -> dict[str, Any]:
-    return case.run.fill_config(read_config(DS_CONFIG), precision, world_size=1)
+    config = case.run.fill_config(read_config(DS_CONFIG), precision, world_size=1)
+    # one bucket that holds the model: of the file's 200 million elements most would never be touched, but be counted
+    config["zero_optimization"]["reduce_bucket_size"] = count_parameters(case.run.model).total
+    return config
 
 
 def _optimizer(case: Case, model: nn.Module, split: Callable[[list[dict[str, Any]]], Any]) -> torch.optim.Optimizer:

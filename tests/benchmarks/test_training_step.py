@@ -50,11 +50,15 @@ def test_contenders_train_the_same_model(results):
 
 
 def test_bytes_are_those_of_the_states(results):
-    """Plain AdamW keeps weights and two moments between steps; ZeRO-1 a flat copy of the weights besides."""
+    """Plain AdamW keeps weights and two moments between steps; ZeRO-1 a flat copy of the weights besides.
+
+    GPT-2 of transformers keeps a mask [context, context] in each of its layers, here one.
+    """
     rows = results["gpt2_reference"]["contenders"]
-    for name, numbers in (("plain", 3), ("ours", 4), ("transformers", 4)):
-        assert rows[name]["state_bytes"] == pytest.approx(4 * numbers * rows[name]["parameters"], rel=0.01), name
-        assert rows[name]["peak_bytes"] > rows[name]["state_bytes"] + 4 * rows[name]["parameters"]  # gradients
+    for name, numbers, more in (("plain", 3, 0), ("ours", 4, 0), ("transformers", 4, 1024 * 1024)):
+        weights = 4 * rows[name]["parameters"]
+        assert rows[name]["state_bytes"] == pytest.approx(numbers * weights + more, rel=0.001), name
+        assert rows[name]["peak_bytes"] > rows[name]["state_bytes"] + weights  # gradients
 
 
 def test_figures_agree_with_each_other(results):
