@@ -4,12 +4,15 @@ Fire alone calls the function first and complains about a word that it could not
 flag, a missing one or a value of the wrong type is one message, and nothing has run.
 """
 
+import ast
+import importlib.util
 import inspect
 import os
 import sys
 import traceback
 import typing
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 import fire
@@ -44,14 +47,19 @@ def run_command(
         fail(error, is_speaker)
 
 
-def run_subcommand(commands: Mapping[str, Callable[..., Any]], program: str, words: list[str] | None = None) -> Any:
-    """Call one of several commands by its name, the first word."""
+def run_subcommand(commands: Mapping[str, str], program: str, words: list[str] | None = None) -> Any:
+    """Call one of several commands by its name, the first word; `commands` tells their places, as "module:function".
+
+    Nothing but the command that is called is imported; the list of all is read from their source.
+    """
     words = sys.argv[1:] if words is None else words
     if words and words[0] in commands:
-        return run_command(commands[words[0]], f"{program} {words[0]}", words[1:])
-    width = max(map(len, commands))
-    listing = "\n".join(f"  {name:<{width}} {summary(function)}" for name, function in commands.items())
+        module, _, function = commands[words[0]].partition(":")
+        command = getattr(importlib.import_module(module), function)
+        return run_command(command, f"{program} {words[0]}", words[1:])
     if not words or words[0] in HELP_FLAGS:
+        width = max(map(len, commands))
+        listing = "\n".join(f"  {name:<{width}} {summary(place)}" for name, place in commands.items())
         print(f"usage: {program} COMMAND [FLAGS]\n\n{listing}\n\n`{program} COMMAND --help` tells the flags of one.")
         sys.exit(0 if words else USAGE_EXIT_CODE)
     fail(UserError(f"no command {words[0]!r}; {nearest(words[0], list(commands))}"))
@@ -104,9 +112,17 @@ def bind(
     return positional, typed
 
 
-def summary(function: Callable[..., Any]) -> str:
-    """First line of a function's docstring."""
-    return (inspect.getdoc(function) or "").partition("\n")[0]
+def summary(place: str) -> str:
+    """First line of the docstring of the function at "module:function", whose module is read and not imported."""
+    module, _, name = place.partition(":")
+    package, *rest = module.split(".")
+    found = importlib.util.find_spec(package)  # of the module itself it would import the packages around it
+    assert found is not None, f"there is no package {package}"
+    folder = (found.submodule_search_locations or [""])[0]
+    source = Path(folder, *rest).with_suffix(".py")
+    tree = ast.parse(source.read_text(encoding="utf-8"))
+    function = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
+    return (ast.get_docstring(function) or "").partition("\n")[0]
 
 
 def help_text(function: Callable[..., Any], name: str) -> str:

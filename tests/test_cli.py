@@ -79,12 +79,13 @@ def test_help_names_every_flag(capsys):
 
 
 def test_subcommands(capsys):
-    assert run_subcommand({"tool": tool}, "program", ["tool", "--path", "y"]) == "y"
+    commands = {"tool": "tests.test_cli:tool", "absent": "tests.absent:nothing"}  # which only calling it would tell
+    assert run_subcommand(commands, "program", ["tool", "--path", "y"]) == "y"
     with pytest.raises(SystemExit) as ended:
-        run_subcommand({"tool": tool}, "program", ["tol"])
+        run_subcommand(commands, "program", ["tol"])
     assert ended.value.code == 2
     assert "did you mean 'tool'" in capsys.readouterr().err
     with pytest.raises(SystemExit) as ended:
-        run_subcommand({"tool": tool}, "program", ["--help"])
+        run_subcommand({"tool": "tests.test_cli:tool"}, "program", ["--help"])
     assert ended.value.code == 0
     assert "Do something." in capsys.readouterr().out

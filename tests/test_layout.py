@@ -11,7 +11,7 @@ FLOORS = {
     "checkpoint": 3, "convert": 3,
     "run_spec": 4, "train": 5, "evaluate": 5, "plan": 5,
     "doctor": 5.5,
-    "run": 6, "compare": 6.5, "profiling": 6.5, "reproduce": 6.5, "__main__": 7,
+    "run": 6, "compare": 6.5, "profiling": 6.5, "reproduce": 6.5, "commands": 6.5, "__main__": 7,
 }  # fmt: skip
 DISTRIBUTION = ("torch.distributed", "deepspeed", "mosaic_dist.parallel")
 

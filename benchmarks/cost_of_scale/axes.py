@@ -27,7 +27,7 @@ class Case:
     model: Transformer
     seq_len: int
     micro_batch: int = 1
-    recompute: Recompute = Recompute()
+    recompute: Recompute = Recompute()  # noqa: RUF009 - a frozen value
     ranks: int = 1
     expert_parallel: int = 1
 

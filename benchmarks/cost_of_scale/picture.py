@@ -11,6 +11,7 @@ from benchmarks.cost_of_scale.exponent import upper_half
 from mosaic_dist.figure import publish, pyplot
 
 INKS = ("#1f4e79", "#c0504d", "#4f8a3d")
+GREY = "#555555"
 MIB = 1 << 20
 
 
@@ -25,7 +26,10 @@ class Series(NamedTuple):
 
 ROWS = (
     ("seconds", (Series("seconds", "forward and backward", "o"), Series("update_seconds", "update", "^"))),
-    ("MiB", (Series("peak_bytes", "peak of all tensors", "o", MIB), Series("kept_bytes", "kept for backward", "^", MIB))),
+    (
+        "MiB",
+        (Series("peak_bytes", "peak of all tensors", "o", MIB), Series("kept_bytes", "kept for backward", "^", MIB)),
+    ),
 )
 
 
@@ -67,8 +71,9 @@ def _draw_panel(panel: Any, lines: dict[Axis, dict[int, Cost]], series: Sequence
 def _explain(panel: Any, series: Sequence[Series]) -> None:
     """A legend of the markers and of the dashes."""
     for _, label, marker, _ in series:
-        panel.plot([], [], marker, color="#555555", markerfacecolor="#555555" if marker == "o" else "white", label=label)
-    panel.plot([], [], "--", color="#555555", linewidth=1.0, label="expected order")
+        fill = GREY if marker == "o" else "white"
+        panel.plot([], [], marker, color=GREY, markerfacecolor=fill, label=label)
+    panel.plot([], [], "--", color=GREY, linewidth=1.0, label="expected order")
     panel.legend(fontsize="x-small")
 
 

@@ -1,6 +1,12 @@
-"""Processes, expert parallelism, and the DeepSpeed engine: the only place that knows DeepSpeed."""
+"""Processes, expert parallelism, and the DeepSpeed engine: the only place that knows DeepSpeed.
 
+What needs DeepSpeed is imported when it is asked for: it takes most of a second, which who only reads a run's
+description does without.
+"""
+
+import importlib
 import os
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -9,21 +15,23 @@ if not torch.cuda.is_available():
 
 from mosaic_dist.parallel.board import Board
 from mosaic_dist.parallel.deepspeed_config import Precision, fill_config, read_config, resolve_precision, zero_stage
-from mosaic_dist.parallel.engine import Engine, StepResult
-from mosaic_dist.parallel.exchange import choose_degree, expert_counts, place_experts
 from mosaic_dist.parallel.spec import Parallel
-from mosaic_dist.parallel.world import (
-    World,
-    gather_problems,
-    is_first_to_fail,
-    join_world,
-    leave_world,
-    local_size_from_environment,
-    on_main,
-    rank_from_environment,
-    size_from_environment,
-    some_rank_failed,
-)
+
+if TYPE_CHECKING:
+    from mosaic_dist.parallel.engine import Engine, StepResult
+    from mosaic_dist.parallel.exchange import choose_degree, expert_counts, place_experts
+    from mosaic_dist.parallel.world import (
+        World,
+        gather_problems,
+        is_first_to_fail,
+        join_world,
+        leave_world,
+        local_size_from_environment,
+        on_main,
+        rank_from_environment,
+        size_from_environment,
+        some_rank_failed,
+    )
 
 __all__ = [
     "Board",
@@ -49,3 +57,15 @@ __all__ = [
     "some_rank_failed",
     "zero_stage",
 ]
+
+_WITH_DEEPSPEED = ("world", "exchange", "engine")
+
+
+def __getattr__(name: str) -> Any:
+    """A name of one of the modules that import DeepSpeed (PEP 562)."""
+    if name in __all__:
+        for module in _WITH_DEEPSPEED:
+            found = getattr(importlib.import_module(f"{__name__}.{module}"), name, None)
+            if found is not None:
+                return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

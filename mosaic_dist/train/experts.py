@@ -1,13 +1,15 @@
 """What the routing of a step says of each layer with experts, in plain numbers for people."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from mosaic_dist.model import Mixture, Transformer
 from mosaic_dist.model.transformer import ROUTER_MEASURES
-from mosaic_dist.parallel import Engine, StepResult
+
+if TYPE_CHECKING:  # DeepSpeed comes with them, which who only draws what was written does without
+    from mosaic_dist.parallel import Engine, StepResult
 
 Experts = dict[str, dict[str, Any]]
 """The figures of a step by layer, as `MetricsFile` describes them."""
@@ -29,7 +31,7 @@ def max_over_mean(load_E: Tensor) -> float:
     return (load_E.max() / load_E.double().mean()).item()
 
 
-def describe_experts(model: Transformer, result: StepResult, engine: Engine) -> Experts:
+def describe_experts(model: Transformer, result: "StepResult", engine: "Engine") -> Experts:
     """The figures of a step. The corrections are those that the step left behind."""
     loads = loads_by_layer(model, result.expert_load)
     routers = [layer.router for layer in engine.mixtures]

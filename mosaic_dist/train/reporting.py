@@ -8,12 +8,10 @@ from tqdm import tqdm
 
 from mosaic_dist.parallel import StepResult
 from mosaic_dist.run_spec import Run
-from mosaic_dist.train.expert_plot import plot_experts, split_experts
 from mosaic_dist.train.experts import Experts, describe_experts, flatten, loads_by_layer, max_over_mean
 from mosaic_dist.train.folder import RunFolder
 from mosaic_dist.train.memory import peak_memory_bytes
 from mosaic_dist.train.metrics import MetricsFile, each_record
-from mosaic_dist.train.plot import plot_loss
 from mosaic_dist.train.trackers import Tracker
 from mosaic_dist.train.trainer import Trainer
 
@@ -141,6 +139,10 @@ class Plots:
         """Draw when due, from the whole of `metrics.jsonl`: also what earlier starts of the run did."""
         if not (trainer.is_ending or trainer.is_due(trainer.run.logging.plot_every_steps)):
             return
+        # here, because matplotlib takes a third of a second, and only the main process draws, mostly at the end
+        from mosaic_dist.train.expert_plot import plot_experts, split_experts
+        from mosaic_dist.train.plot import plot_loss
+
         records, history = split_experts(each_record(self.folder.metrics))
         plot_loss(records, self.folder.loss_plot, trainer.run.name)
         if history.steps:

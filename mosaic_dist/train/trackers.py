@@ -10,7 +10,6 @@ from typing import Any, Protocol
 import numpy
 
 from mosaic_dist.errors import UserError
-from mosaic_dist.figure import pyplot
 from mosaic_dist.files import write_atomic
 from mosaic_dist.run_spec import Run
 
@@ -160,6 +159,8 @@ class TensorboardTracker:
 
     def close(self, plots: Sequence[Path]) -> None:
         """See `Tracker`."""
+        from mosaic_dist.figure import pyplot  # here, because matplotlib takes a third of a second
+
         for plot in plots:
             picture = pyplot.imread(plot)[:, :, :3]  # without the opacity; values from 0 to 1
             self.writer.add_image(plot.stem, picture, self.last_step, dataformats="HWC")

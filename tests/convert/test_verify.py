@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mosaic_dist.__main__ import inspect, verify
 from mosaic_dist.checkpoint import Piece, save
+from mosaic_dist.commands.folders import inspect, verify
 from mosaic_dist.convert import write_model
 from mosaic_dist.convert.hugging_face import export_folder
 from mosaic_dist.errors import UserError

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from mosaic_dist.__main__ import export
+from mosaic_dist.commands.models import export
 from mosaic_dist.errors import UserError
 from mosaic_dist.evaluate.command import evaluate, read_suite, read_task
 from mosaic_dist.evaluate.exact_match import ExactMatch

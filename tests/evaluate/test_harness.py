@@ -10,7 +10,7 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 import pytest
 import torch
 
-from mosaic_dist.__main__ import export
+from mosaic_dist.commands.models import export
 from mosaic_dist.data.arithmetic import read_rows
 from mosaic_dist.data.tokenizer import Tokenizer
 from mosaic_dist.errors import UserError
