@@ -1,0 +1,65 @@
+"""The benchmark of scale: its exponents on curves whose order is known, where an axis ends, and its command."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks.cost_of_scale.__main__ import is_beyond
+from benchmarks.cost_of_scale.axes import Cost, doubled
+from benchmarks.cost_of_scale.exponent import exponent, grows_too_fast
+from tests.launch import ROOT, clean_environment
+
+SIZES = doubled(512, 131_072)
+
+
+@pytest.mark.parametrize("order", [0.0, 0.5, 1.0, 2.0])
+def test_exponents_of_powers(order):
+    assert exponent(SIZES, [3.0 * size**order for size in SIZES]) == pytest.approx(order)
+
+
+def test_the_largest_term_decides_in_the_upper_half():
+    found = exponent(SIZES, [1e3 + size + 1e-2 * size**2 for size in SIZES])
+    assert found is not None
+    assert found == pytest.approx(2.0, abs=0.15)
+    assert exponent(SIZES, [100.0 + math.log(size) for size in SIZES]) == pytest.approx(0.0, abs=0.02)
+
+
+def test_no_exponent_of_one_point_or_of_nothing():
+    assert exponent([1], [2.0]) is None
+    assert exponent([1, 2, 4], [0.0, 1.0, 2.0]) is None
+
+
+def test_a_hidden_square_is_found_and_overhead_is_not():
+    def judge(figures: list[float]) -> bool:
+        return grows_too_fast(exponent(SIZES, figures), 1.0)
+
+    assert judge([0.01 * size + 1e-6 * size**2 for size in SIZES])  # a mask of T times T beside linear work
+    assert not judge([50.0 + 0.01 * size for size in SIZES])
+    assert not judge([size * math.log2(size) for size in SIZES])
+
+
+def test_an_axis_ends_before_what_the_growth_says_is_too_much():
+    limit, four, sixteen = Cost(20.0, 20.0, 100, 100), Cost(1.0, 0.1, 10, 20), Cost(4.0, 0.1, 11, 21)
+    assert not is_beyond([four, sixteen], limit)  # 16 seconds are next
+    assert is_beyond([four, sixteen], limit._replace(seconds=15.0))
+    assert is_beyond([four, four._replace(peak_bytes=60)], limit)
+    assert not is_beyond([four], limit)
+
+
+def test_the_command_measures_steps_alone_and_on_ranks(tmp_path):
+    page = tmp_path / "results" / "scale.md"
+    words = f"--axes batch,expert_parallel --largest 2 --rounds 1 --output {page}".split()
+    subprocess.run(
+        [sys.executable, "-m", "benchmarks.cost_of_scale", *words], cwd=ROOT, env=clean_environment(), check=True
+    )
+    told = json.loads(page.with_suffix(".json").read_text())
+    one, two = (told["figures"]["batch"][size] for size in ("1", "2"))
+    states = 16 * 2.03e6  # weights, gradients and two moments in float32
+    assert two["kept_bytes"] == pytest.approx(2 * one["kept_bytes"], rel=0.02)
+    assert states < one["peak_bytes"] < two["peak_bytes"] < 3 * states
+    assert all(cost["seconds"] > 0 < cost["update_seconds"] for cost in told["figures"]["expert parallel"].values())
+    assert "| batch | 1 to 2 | kept for backward (MiB)" in page.read_text()
+    assert page.with_suffix(".png").stat().st_size > 10_000
