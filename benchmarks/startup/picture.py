@@ -7,8 +7,8 @@ from matplotlib import colormaps
 
 from mosaic_dist.figure import publish, pyplot
 
-LEAST_SHARE = 0.05
-"""Of a bar, for a phase to be told in it."""
+LEAST_SHARE = 0.03
+"""Of the longest bar, for a phase to be told in it."""
 
 
 def draw_phases(found: Mapping[str, Mapping[str, tuple[float, float]]], path: Path) -> None:
@@ -21,11 +21,12 @@ def draw_phases(found: Mapping[str, Mapping[str, tuple[float, float]]], path: Pa
     names = list(dict.fromkeys(phase for _, told in bars for phase in told))
     inks = dict(zip(names, colormaps["tab20"].colors, strict=False))
     figure, axes = pyplot.subplots(figsize=(11, 1.5 + 0.7 * len(bars)), layout="constrained")
+    longest = max(sum(told.values()) for _, told in bars)
     for row, (_, told) in enumerate(bars):
-        left, whole = 0.0, sum(told.values())
+        left = 0.0
         for phase, seconds in told.items():
             axes.barh(row, seconds, left=left, color=inks[phase], edgecolor="white", linewidth=0.5)
-            if seconds > LEAST_SHARE * whole:
+            if seconds > LEAST_SHARE * longest:
                 axes.text(left + seconds / 2, row, f"{seconds:.1f}", ha="center", va="center", fontsize="small")
             left += seconds
     for phase in names:
