@@ -1,5 +1,6 @@
 """The benchmark of scale: its exponents on curves whose order is known, where an axis ends, and its command."""
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -8,8 +9,9 @@ import sys
 import pytest
 
 from benchmarks.cost_of_scale.__main__ import is_beyond
-from benchmarks.cost_of_scale.axes import Cost, doubled
+from benchmarks.cost_of_scale.axes import Cost, doubled, of_expert_parallel
 from benchmarks.cost_of_scale.exponent import exponent, grows_too_fast
+from benchmarks.cost_of_scale.measure import measure_on_ranks
 from tests.launch import ROOT, clean_environment
 
 SIZES = doubled(512, 131_072)
@@ -49,9 +51,9 @@ def test_an_axis_ends_before_what_the_growth_says_is_too_much():
     assert not is_beyond([four], limit)
 
 
-def test_the_command_measures_steps_alone_and_on_ranks(tmp_path):
+def test_the_command_measures_steps(tmp_path):
     page = tmp_path / "results" / "scale.md"
-    words = f"--axes batch,expert_parallel --largest 2 --rounds 1 --output {page}".split()
+    words = f"--axes batch --largest 2 --rounds 1 --output {page}".split()
     subprocess.run(
         [sys.executable, "-m", "benchmarks.cost_of_scale", *words], cwd=ROOT, env=clean_environment(), check=True
     )
@@ -60,6 +62,13 @@ def test_the_command_measures_steps_alone_and_on_ranks(tmp_path):
     states = 16 * 2.03e6  # weights, gradients and two moments in float32
     assert two["kept_bytes"] == pytest.approx(2 * one["kept_bytes"], rel=0.02)
     assert states < one["peak_bytes"] < two["peak_bytes"] < 3 * states
-    assert all(cost["seconds"] > 0 < cost["update_seconds"] for cost in told["figures"]["expert parallel"].values())
+    assert one["seconds"] > 0 < one["update_seconds"]
     assert "| batch | 1 to 2 | kept for backward (MiB)" in page.read_text()
     assert page.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_ranks_of_their_own_share_the_experts():
+    cost = measure_on_ranks(dataclasses.replace(of_expert_parallel(2), ranks=2), rounds=1, clock="cpu")
+    experts = 16 * 3 * 256 * 256
+    assert cost.seconds > 0 < cost.update_seconds
+    assert 8 * experts < cost.peak_bytes < 16 * experts + 100e6  # half of weights, gradients and moments, and the rest

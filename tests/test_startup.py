@@ -12,7 +12,7 @@ from tests.launch import ROOT, clean_environment
 SMALL = (
     "--model.vocab 1024 --model.dim 32 --model.embedding.rank 16 --model.blocks.attention.heads 2 "
     "--model.blocks.ffn.expert.width 64 --model.blocks.ffn.experts 4 --model.blocks.ffn.split 4 --data.workers 0"
-)
+).split()
 
 
 def test_phases_follow_each_other_from_the_launch_on():
@@ -45,7 +45,7 @@ def test_import_times_are_summed_up_by_top_package():
 
 def test_the_command_tells_every_phase_of_a_start(tmp_path):
     page = tmp_path / "startup.md"
-    words = ["--launchers", "torchrun", "--ranks", "1", "--rounds", "1", "--words", SMALL, "--output", str(page)]
+    words = ["--launchers", "torchrun", "--ranks", "1", "--rounds", "1", "--output", str(page), *SMALL]
     environment = clean_environment()
     subprocess.run([sys.executable, "-m", "benchmarks.startup", *words], cwd=ROOT, env=environment, check=True)
     told = json.loads(page.with_suffix(".json").read_text())

@@ -63,10 +63,12 @@ def command(launcher: Launcher, ranks: int) -> list[str]:
     return [tool, "--num_gpus", str(ranks), "--master_port", str(free_port())]
 
 
-def start(launcher: Launcher, recipe: str, data: Path, folder: Path, ranks: int, words: str) -> dict[str, Spent]:
+def start(
+    launcher: Launcher, recipe: str, data: Path, folder: Path, ranks: int, words: Sequence[str]
+) -> dict[str, Spent]:
     """One start of the recipe in an empty folder; the phases of rank 0, in order."""
     folder.mkdir()
-    words_of_run = ["--data", str(data), "--output", str(folder / "run"), *SMALL.split(), *words.split()]
+    words_of_run = ["--data", str(data), "--output", str(folder / "run"), *SMALL.split(), *words]
     environment = os.environ | {
         RECIPE: str(Path(recipe).resolve()),
         FOLDER: str(folder),
@@ -127,21 +129,23 @@ def startup(
     recipe: str = "recipes/t4_moe.py",
     ranks: Positive = 2,
     rounds: Positive = 3,
-    words: str = "",
     output: str | None = None,
+    **overrides: Any,
 ) -> None:
     """Start a recipe and print what each phase takes until the first step is done.
+
+    Any field of the run is changed by its path, as at its start.
 
     --launchers NAMES     deepspeed, torchrun, or both
     --recipe FILE         with a `run` and a `main`
     --ranks N             CPU ranks
     --rounds N            starts with each launcher
-    --words TEXT          more of the recipe's flags
     --output FILE         where to write the page; JSON and the picture lie beside it
     """
     if not Path(recipe).is_file():
         raise UserError(f"there is no recipe {recipe}")
     found: dict[str, list[dict[str, Spent]]] = {}
+    words = [f"--{path}={value}" for path, value in overrides.items()]
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         data = make_data(folder)
