@@ -9,9 +9,10 @@ import sys
 import pytest
 
 from benchmarks.cost_of_scale.__main__ import is_beyond
-from benchmarks.cost_of_scale.axes import Cost, doubled, of_expert_parallel
+from benchmarks.cost_of_scale.axes import Cost, doubled, of_batch, of_expert_parallel
 from benchmarks.cost_of_scale.exponent import exponent, grows_too_fast
 from benchmarks.cost_of_scale.measure import measure_on_ranks
+from mosaic_dist.model import count_parameters
 from tests.launch import ROOT, clean_environment
 
 SIZES = doubled(512, 131_072)
@@ -59,9 +60,9 @@ def test_the_command_measures_steps(tmp_path):
     )
     told = json.loads(page.with_suffix(".json").read_text())
     one, two = (told["figures"]["batch"][size] for size in ("1", "2"))
-    states = 16 * 2.03e6  # weights, gradients and two moments in float32
-    assert two["kept_bytes"] == pytest.approx(2 * one["kept_bytes"], rel=0.02)
-    assert states < one["peak_bytes"] < two["peak_bytes"] < 3 * states
+    states = 16 * count_parameters(of_batch(1).model).total  # weights, gradients and two moments in float32
+    assert two["kept_bytes"] == pytest.approx(2 * one["kept_bytes"], rel=0.05)  # the loss keeps its weights' gradient
+    assert states < one["peak_bytes"] < two["peak_bytes"] < 5 * states
     assert one["seconds"] > 0 < one["update_seconds"]
     assert "| batch | 1 to 2 | kept for backward (MiB)" in page.read_text()
     assert page.with_suffix(".png").stat().st_size > 10_000
