@@ -7,7 +7,7 @@ from typing import Any, Literal
 from mosaic_dist.checkpoint.spec import CheckpointPolicy
 from mosaic_dist.data import Data
 from mosaic_dist.model import Transformer
-from mosaic_dist.optim import Cosine, Optimizer, Schedule
+from mosaic_dist.optim import Cosine, Optimizer, Schedule, Spikes
 from mosaic_dist.parallel.deepspeed_config import Precision, fill_config
 from mosaic_dist.parallel.spec import Parallel
 from mosaic_dist.spec import NonNegative, Positive, Spec, SpecError, leaves
@@ -34,7 +34,8 @@ class Run(Spec):
 
     Each of `steps` updates is over `batch_tokens` tokens, whatever the cluster; every rank takes `micro_batch`
     sequences at a time and accumulates the rest. `precision` "auto" means bf16 where the GPU has it, fp16 on older
-    ones, fp32 on CPU. `nonfinite` says what a NaN or infinite loss does: "stop" the run, or "skip" the step.
+    ones, fp32 on CPU. `nonfinite` says what a NaN or infinite loss does: "stop" the run, or "skip" the step; `spikes`
+    what one does that jumps.
     `validate_every_steps` 0 turns validation off; `validation_samples` bounds it (0: all). With `exact_match_samples`
     it also tells how many of so many rows are answered to the letter, where the data are questions with an answer each.
     With `early_stopping_patience` the run ends when so many validations in a row have not lowered the best loss (0:
@@ -54,6 +55,7 @@ class Run(Spec):
     seed: NonNegative = 0
     initial_model: str = ""
     nonfinite: Literal["stop", "skip"] = "stop"
+    spikes: Spikes = Spikes()
     validate_every_steps: NonNegative = 0
     validation_samples: NonNegative = 256
     exact_match_samples: NonNegative = 0
@@ -80,6 +82,17 @@ class Run(Spec):
         ):
             if value and not self.validate_every_steps:
                 raise SpecError(path, f"{value} needs validation; set validate_every_steps as well")
+        if self.spikes.action != "none" and self.spikes.window_steps >= self.steps:
+            raise SpecError(
+                "spikes.window_steps",
+                f"{self.spikes.window_steps} steps of {self.steps}: no step would ever be judged; take fewer",
+            )
+        if self.spikes.action == "rewind" and self.checkpoint.every_steps >= self.steps:
+            raise SpecError(
+                "checkpoint.every_steps",
+                f"{self.checkpoint.every_steps} is not less than steps ({self.steps}), so there is never a checkpoint "
+                "that spikes.action 'rewind' could go back to; save more often, or use 'skip'",
+            )
         if self.schedule.warmup_steps > self.steps:
             raise SpecError("schedule.warmup_steps", f"{self.schedule.warmup_steps} is more than steps ({self.steps})")
 
@@ -130,8 +143,11 @@ MAY_CHANGE = (
     "model.loss.chunk_tokens",
     "micro_batch",
     "precision",
+    "nonfinite",
+    "spikes.",
 )
-"""Fields that belong to the cluster rather than to the experiment: a run may be continued with others."""
+"""Fields with others of which a run may be continued: they belong to the cluster rather than to the experiment, or say
+what becomes of steps that went wrong."""
 STREAM_PATH = re.compile(r"data\.streams(\[\d+\])?\.path")
 """So does the place of each stream of a mixture."""
 

@@ -27,6 +27,7 @@ PLAIN = {
     "early_stopping_patience": 0,
     "checkpoint.keep_best": 0,
     "nonfinite": "stop",
+    "spikes.action": "none",
 }
 """What a recipe may do beside, and this run does not."""
 

@@ -4,6 +4,7 @@ from mosaic_dist.optim.adamw import AdamW, Optimizer
 from mosaic_dist.optim.groups import parameter_groups
 from mosaic_dist.optim.muon import Muon
 from mosaic_dist.optim.schedule import WSD, Constant, Cosine, Exponential, InverseSquareRoot, Linear, Schedule
+from mosaic_dist.optim.spikes import Spikes
 
 __all__ = [
     "WSD",
@@ -16,5 +17,6 @@ __all__ = [
     "Muon",
     "Optimizer",
     "Schedule",
+    "Spikes",
     "parameter_groups",
 ]

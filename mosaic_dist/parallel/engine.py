@@ -23,6 +23,7 @@ from mosaic_dist.optim import Optimizer
 from mosaic_dist.optim.muon import MuonAdamW
 from mosaic_dist.parallel.cut_matrices import CutMatrices
 from mosaic_dist.parallel.exchange import place_experts
+from mosaic_dist.parallel.loss_scale import restore_scale, scale_state
 from mosaic_dist.parallel.partition import partitioned_parameters
 from mosaic_dist.parallel.spec import Parallel
 from mosaic_dist.parallel.world import World
@@ -47,7 +48,9 @@ class StepResult:
     grad_norm: float
     """Global L2 norm before clipping; infinite where gradients overflowed."""
     skipped: bool
-    """Whether the weights were left alone because a gradient was not finite."""
+    """Whether the weights were left alone because a gradient was not finite, or the step was rejected."""
+    rejected: bool
+    """Whether the loss was above the limit that it was given."""
     expert_load: Tensor
     """Choices per expert over the global batch, [layers, E] int64 on CPU."""
     router: Tensor
@@ -121,13 +124,15 @@ class Engine:
         learning_rate: float,
         documents_BT: Tensor | None = None,
         vote: Callable[[], Sequence[bool]] = tuple,
+        loss_limit: float = math.inf,
     ) -> StepResult:
         """Forward and backward over this rank's sequences in `accumulation` micro-batches, then one update.
 
         inputs_BT, targets_BT, documents_BT (see `TransformerModel.forward`) int64, of the same shape on every rank. The
         gradient is that of the mean cross-entropy over all scored tokens of the global batch plus the mean of the
         auxiliary losses. `vote` is asked once, after the update, for as many answers on each rank; they travel with the
-        losses. Every rank must call.
+        losses. Where the loss of the global batch is above `loss_limit`, the same on all ranks, the update is left out:
+        weights, optimizer states and buffers stay as they are. Every rank must call.
         """
         device = self.world.device
         scored = (targets_BT != IGNORE_INDEX).sum().to(device)
@@ -135,18 +140,33 @@ class Engine:
         # DeepSpeed averages over micro-batches and ranks, so the sum over tokens is scaled up by their number
         scale = self.accumulation * self.world.size / scored.clamp(min=1)
         parts: list[LossParts] = []
+        rejected = torch.tensor(False)
         whole = (inputs_BT, targets_BT) if documents_BT is None else (inputs_BT, targets_BT, documents_BT)
         for micro_batch in zip(*(tensor.chunk(self.accumulation) for tensor in whole), strict=True):
             part = self.deepspeed(*(tensor.to(device, non_blocking=True) for tensor in micro_batch))
-            self.deepspeed.backward(part.cross_entropy_sum * scale + part.auxiliary)
             parts.append(LossParts(*(value.detach() for value in part)))
+            loss = part.cross_entropy_sum * scale + part.auxiliary
+            if len(parts) == self.accumulation and loss_limit < math.inf:
+                rejected = self._exceeds(loss_limit, parts, scored)
+                loss = loss * torch.where(rejected, math.nan, 1.0)  # on the device: no rank waits for its queue here
+            self.deepspeed.backward(loss)
             if len(parts) < self.accumulation:
                 self.deepspeed.step()  # counts the micro-batch; the update comes with the last one
+        scale_before = scale_state(self.deepspeed.optimizer)
         grad_norm, skipped = self._update(learning_rate)
-        result = self._summarize(parts, scored, grad_norm, skipped, vote())
+        if rejected:  # the loss scale of fp16 takes our NaN for an overflow
+            restore_scale(self.deepspeed.optimizer, scale_before)
+        result = self._summarize(parts, scored, grad_norm, skipped, bool(rejected), vote())
         for layer, load_E in zip(self.mixtures, result.expert_load, strict=True):
             layer.end_step(None if skipped else load_E[: layer.spec.experts].to(device))
         return result
+
+    def _exceeds(self, limit: float, parts: list[LossParts], scored: Tensor) -> Tensor:
+        """Whether the loss of the global batch is above a limit and finite, bool scalar. Every rank must call."""
+        cross_entropy = torch.stack([part.cross_entropy_sum for part in parts]).double().sum()
+        dist.all_reduce(cross_entropy)
+        loss = cross_entropy / scored.clamp(min=1)
+        return loss.isfinite() & (loss > limit)
 
     def _update(self, learning_rate: float) -> tuple[float, bool]:
         """Clip and update. Returns the gradient norm and whether the update was skipped."""
@@ -192,7 +212,13 @@ class Engine:
         return norm.item()
 
     def _summarize(
-        self, parts: list[LossParts], scored: Tensor, grad_norm: float, skipped: bool, answers: Sequence[bool]
+        self,
+        parts: list[LossParts],
+        scored: Tensor,
+        grad_norm: float,
+        skipped: bool,
+        rejected: bool,
+        answers: Sequence[bool],
     ) -> StepResult:
         """Add the losses of all micro-batches and ranks up, and count who said yes."""
         sums_of_parts = [torch.stack([part.cross_entropy_sum, part.auxiliary, part.z_loss_sum]) for part in parts]
@@ -213,6 +239,7 @@ class Engine:
             tokens=tokens,
             grad_norm=grad_norm,
             skipped=skipped,
+            rejected=rejected,
             expert_load=load.cpu(),
             router=router.cpu(),
             votes=tuple(count > 0 for count in votes),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mosaic_dist.model import GroupedLinear
 from mosaic_dist.parallel.engine import Engine
+from mosaic_dist.parallel.loss_scale import restore_scale, scale_state
 from mosaic_dist.parallel.partition import partitioned_parameters
 
 
@@ -138,36 +139,24 @@ def publish_masters(engine: Engine) -> None:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
 
-LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-
-
 def counters(engine: Engine) -> dict[str, Any]:
     """DeepSpeed's own counters and the state of a loss scaler that adapts, as plain values."""
-    deepspeed_engine, scaler = engine.deepspeed, _adapting_scaler(engine)
+    deepspeed_engine = engine.deepspeed
     return {
         "global_steps": deepspeed_engine.global_steps,
         "micro_steps": deepspeed_engine.micro_steps,
         "skipped_steps": deepspeed_engine.skipped_steps,
-        "loss_scaler": {} if scaler is None else {name: getattr(scaler, name) for name in LOSS_SCALER_FIELDS},
+        "loss_scaler": scale_state(deepspeed_engine.optimizer),
     }
 
 
 def restore_counters(engine: Engine, saved: dict[str, Any]) -> None:
     """The inverse of `counters`. A loss scaler that adapts stays as it is where the saved state has none."""
-    deepspeed_engine, scaler = engine.deepspeed, _adapting_scaler(engine)
+    deepspeed_engine = engine.deepspeed
     deepspeed_engine.global_steps = saved["global_steps"]
     deepspeed_engine.micro_steps = saved["global_steps"] * engine.accumulation  # of this run's accumulation
     deepspeed_engine.skipped_steps = saved["skipped_steps"]
-    # older checkpoints of fp32 and bf16 hold the scale 1 alone, with which fp16 would lose its small gradients
-    if scaler is not None and saved["loss_scaler"].keys() == set(LOSS_SCALER_FIELDS):
-        for name, value in saved["loss_scaler"].items():
-            setattr(scaler, name, value)
-
-
-def _adapting_scaler(engine: Engine) -> Any:
-    """The loss scaler of fp16, or None; a scale that stays as it is set is no state."""
-    scaler = getattr(engine.deepspeed.optimizer, "loss_scaler", None)
-    return scaler if getattr(scaler, "dynamic", False) else None
+    restore_scale(deepspeed_engine.optimizer, saved["loss_scaler"])
 
 
 def layout(engine: Engine) -> dict[str, Any]:

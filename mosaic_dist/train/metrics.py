@@ -22,6 +22,10 @@ class MetricsFile:
     first record after a checkpoint is there has `save_seconds` (all that it took) and `save_stall_seconds` (for which
     training waited).
 
+    A spike that was skipped has `spike_threshold`, above which its `loss` was. Where the run went back to a checkpoint,
+    the record of the first step after that has `rewinds`, an object for each return to this checkpoint: `step`, `loss`
+    and `threshold` of the spike, and `back_to_step`.
+
     Every `logging.experts_every_steps` there is also `experts`, with an object for each block that has experts, by its
     name in the model (`blocks.1`). All but the last of its fields are of the step's global batch: `load` (choices per
     expert, dropped ones included), `max_over_mean` (load of the busiest expert over an even share), `dead` (share of
@@ -31,15 +35,24 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, step: int):
+        self.path = path
         self.last_step = 0
         """Of the last record."""
-        kept = []
-        for record in each_record(path):
+        self._open(step)
+
+    def _open(self, step: int) -> None:
+        kept, self.last_step = [], 0
+        for record in each_record(self.path):
             if record["step"] <= step:
                 kept.append(json.dumps(record) + "\n")
                 self.last_step = record["step"]
-        write_atomic(path, "".join(kept))
-        self._file = open(path, "a")  # noqa: SIM115 - open for the whole run
+        write_atomic(self.path, "".join(kept))
+        self._file = open(self.path, "a")  # noqa: SIM115 - open for the whole run
+
+    def go_back(self, step: int) -> None:
+        """Drop the records of later steps: they are done anew."""
+        self._file.close()
+        self._open(step)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a record and hand it to the operating system."""

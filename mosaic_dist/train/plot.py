@@ -48,12 +48,21 @@ def draw_points(axes: Any, points: Sequence[tuple[float, float]], ink: Ink, labe
 
 
 def draw_loss(axes: Any, xs: Sequence[float], records: Sequence[dict[str, Any]], ink: Ink) -> None:
-    """The training loss over `xs`, raw and smoothed, and as points what was measured on held-out data."""
+    """The training loss over `xs`, raw and smoothed, as points what was measured on held-out data, and its spikes."""
     draw_curve(axes, xs, [record["loss"] for record in records], ink, "loss")
     if validated := measured(xs, records, "validation_loss"):
         draw_points(axes, validated, ink, "validation")
+    if spikes := spikes_of(xs, records):
+        draw_points(axes, spikes, ink, "spikes, not learnt from", "X")
     axes.set_ylabel("cross-entropy (nats per token)")
     axes.grid(alpha=0.3)
+
+
+def spikes_of(xs: Sequence[float], records: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
+    """(x, loss) of each spike: where it was skipped, or where the run went back to for it."""
+    skipped = [(x, record["loss"]) for x, record in zip(xs, records, strict=True) if "spike_threshold" in record]
+    returns = measured(xs, records, "rewinds")
+    return skipped + [(x, rewind["loss"]) for x, rewinds in returns for rewind in rewinds]
 
 
 def plot_loss(records: Sequence[dict[str, Any]], path: Path, title: str) -> None:
@@ -71,6 +80,6 @@ def plot_loss(records: Sequence[dict[str, Any]], path: Path, title: str) -> None
     publish(figure, path)
 
 
-def measured(xs: Sequence[float], records: Sequence[dict[str, Any]], key: str) -> list[tuple[float, float]]:
+def measured(xs: Sequence[float], records: Sequence[dict[str, Any]], key: str) -> list[tuple[float, Any]]:
     """(x, value) of the records that have a figure."""
     return [(x, record[key]) for x, record in zip(xs, records, strict=True) if key in record]

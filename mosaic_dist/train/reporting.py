@@ -27,16 +27,26 @@ class Metrics:
         self.trackers, self.speed = trackers, speed
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
-        """Record the step when due, and always when it was validated."""
-        if trainer.validation_loss is None and not trainer.is_due(trainer.run.logging.every_steps):
+        """Record the step when due, and always when it was validated, was a spike, or is the first after a rewind."""
+        rewinds = [rewind for rewind in trainer.progress.rewinds if rewind["back_to_step"] == trainer.progress.step - 1]
+        is_notable = trainer.validation_loss is not None or result.rejected or rewinds
+        if not is_notable and not trainer.is_due(trainer.run.logging.every_steps):
             return
         values = self._values(trainer, result)
         experts = self._experts(trainer, result)
-        self.file.write(values | ({"experts": experts} if experts else {}))
+        self.file.write(values | ({"rewinds": rewinds} if rewinds else {}) | ({"experts": experts} if experts else {}))
         of_experts, loads = flatten(experts)
         step = values.pop("step")
         for tracker in self.trackers:
             tracker.write(step, values | of_experts, loads)
+
+    def go_back(self, trainer: Trainer) -> None:
+        """Drop the records of the steps that are done anew; the trackers, which cannot, get the spike as it was."""
+        step, rewind = trainer.progress.step, trainer.progress.rewinds[-1]
+        self.file.go_back(step)
+        for tracker in self.trackers:
+            tracker.go_back(step)
+            tracker.write(int(rewind["step"]), {f"spike_{name}": rewind[name] for name in ("loss", "threshold")}, {})
 
     def _values(self, trainer: Trainer, result: StepResult) -> dict[str, Any]:
         """The numbers of every record."""
@@ -57,6 +67,8 @@ class Metrics:
         }
         if trainer.run.model.loss.z_weight:
             values["z_loss"] = result.z_loss
+        if result.rejected:
+            values["spike_threshold"] = trainer.loss_threshold
         epochs = trainer.loader.epochs
         values |= {f"epoch/{name}" if name else "epoch": epoch for name, epoch in epochs.items()}
         if loads := loads_by_layer(trainer.run.model, result.expert_load):
@@ -127,6 +139,14 @@ class ProgressBar:
             left = (self.last_line - self.started) / (step - self.first_step) * (self.until_step - step)
             text = "  ".join(f"{key} {value}" for key, value in words.items())
             print(f"step {step}/{self.until_step}  {text}  eta {left:.0f} s", file=sys.stderr, flush=True)
+
+    def go_back(self, trainer: Trainer) -> None:
+        """Count from an earlier step on."""
+        self.first_step, self.started = trainer.progress.step, time.monotonic()
+        self.bar.reset()
+        self.bar.initial = self.bar.n = trainer.progress.step
+        if trainer.is_ending:
+            self.bar.close()
 
 
 class Plots:

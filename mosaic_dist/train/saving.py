@@ -54,6 +54,11 @@ class Saver:
         if trainer.is_ending:
             self.background.wait()
 
+    def wait(self) -> None:
+        """Wait until nothing is being saved. Raises what a save in the background raised."""
+        if self.background is not None:
+            self.background.wait()
+
     def close(self) -> None:
         """Give a save that is under way when the run fails the time to come to its end."""
         if self.background is not None:

@@ -7,19 +7,20 @@ from typing import Any
 
 import torch
 
-from mosaic_dist.checkpoint import Checkpoint, CheckpointError, candidates
-from mosaic_dist.checkpoint.engine_state import load_engine
+from mosaic_dist.checkpoint import Checkpoint
 from mosaic_dist.data.mixture import Corpus, parts_of
 from mosaic_dist.data.stream import Loader, ValidationBatches
 from mosaic_dist.model import Counts, flops_per_token
-from mosaic_dist.parallel import Engine, World, gather_problems, on_main
+from mosaic_dist.parallel import Engine, World, on_main
 from mosaic_dist.run_spec import Run
 from mosaic_dist.train.folder import RunFolder
 from mosaic_dist.train.initial import InitialWeights, fill, verify_together
 from mosaic_dist.train.interruption import Deadline, StopSignals
 from mosaic_dist.train.peak import peak_flops_per_second
 from mosaic_dist.train.reporting import Metrics, Plots, ProgressBar, Speed
+from mosaic_dist.train.resuming import load_run, newest_good
 from mosaic_dist.train.saving import Saver
+from mosaic_dist.train.spikes import SpikeGuard
 from mosaic_dist.train.telling import say
 from mosaic_dist.train.trackers import Tracker, close_trackers, make_trackers
 from mosaic_dist.train.trainer import HeldOutStream, Hook, NonfiniteGuard, Progress, Trainer, Validation
@@ -132,8 +133,7 @@ def begin(run: Run, info: Corpus, engine: Engine, checkpoint: Checkpoint | None,
     """A trainer at a checkpoint, or at the start."""
     progress, data_state = Progress(), None
     if checkpoint is not None:
-        load_engine(checkpoint, engine)
-        progress = Progress(**checkpoint.state["progress"])
+        progress = load_run(checkpoint, engine)
         data_state = checkpoint.state["data"]
     loader = Loader(
         run.data,
@@ -174,31 +174,10 @@ def make_hooks(
     questions = first(run.exact_match_samples) if run.exact_match_samples else []
     hooks: list[Hook] = [NonfiniteGuard(run.nonfinite), Validation(held_out, questions)]
     if world.is_main:
-        hooks.append(Metrics(folder, step, trackers, speed))
-        hooks.append(ProgressBar(run, step, trainer.until_step, speed))
+        reports = (Metrics(folder, step, trackers, speed), ProgressBar(run, step, trainer.until_step, speed))
+        hooks += reports
+    trainer.has_gone_back = SpikeGuard(folder, saver, trainer, reports if world.is_main else ()).after_spike
     hooks.append(saver)
     if world.is_main:
         hooks.append(Plots(folder))
     return hooks
-
-
-def newest_good(folder: RunFolder, world: World) -> Checkpoint | None:
-    """The newest checkpoint whose every file has its checksum, each rank reading its share; None for a fresh folder.
-
-    One that is damaged is named and passed over. If all are, CheckpointError: a run never starts from zero in silence.
-    """
-    found = on_main(world, lambda: candidates(folder.checkpoints))
-    for path in reversed(found.values()):
-        checkpoint, problem = None, None
-        try:
-            checkpoint = Checkpoint.open(path)
-            checkpoint.verify(world.rank, world.size)
-        except CheckpointError as error:
-            problem = str(error)
-        problems = gather_problems(problem)
-        if not problems:
-            return checkpoint
-        say(world, f"warning: passing over a damaged checkpoint: {problems[0]}")
-    if found:
-        raise CheckpointError(f"every checkpoint in {folder.checkpoints} is damaged; remove them to start afresh")
-    return None

@@ -27,6 +27,9 @@ class Tracker(Protocol):
     def write(self, step: int, values: Mapping[str, float], loads: Mapping[str, Sequence[int]]) -> None:
         """Record numbers of a step, and of layers how the loads of their experts are distributed, as histograms."""
 
+    def go_back(self, step: int) -> None:
+        """The steps after this one are done anew."""
+
     def close(self, plots: Sequence[Path]) -> None:
         """Take the pictures, and bring everything to where it is kept."""
 
@@ -68,6 +71,10 @@ class Guarded:
         """See `Tracker`."""
         if self.tracker is not None:
             self._try(lambda tracker: tracker.write(step, values, loads), f"step {step}")
+
+    def go_back(self, step: int) -> None:
+        """See `Tracker`."""
+        self._try(lambda tracker: tracker.go_back(step), f"the return to step {step}")
 
     def close(self, plots: Sequence[Path]) -> None:
         """See `Tracker`."""
@@ -123,6 +130,9 @@ class WandbTracker:
         self.last_step = step
         self.run.log({**values, **{name: self.wandb.Histogram(load) for name, load in loads.items()}}, step=step)
 
+    def go_back(self, step: int) -> None:
+        """See `Tracker`. W&B takes no step twice: it keeps what it has, and goes on with the first step that is new."""
+
     def close(self, plots: Sequence[Path]) -> None:
         """See `Tracker`. Older versions of the package know no limit; this process goes on without them."""
         self.run.log({plot.stem: self.wandb.Image(str(plot)) for plot in plots}, step=self.last_step)
@@ -146,7 +156,8 @@ class TensorboardTracker:
             raise UserError(
                 "the tracker 'tensorboard' needs its package: pip install 'mosaic-dist[tensorboard]'"
             ) from None
-        self.writer = SummaryWriter(str(folder / "tensorboard"))
+        self.folder, self.make_writer = str(folder / "tensorboard"), SummaryWriter
+        self.writer = SummaryWriter(self.folder)
         self.last_step = 0
 
     def write(self, step: int, values: Mapping[str, float], loads: Mapping[str, Sequence[int]]) -> None:
@@ -156,6 +167,11 @@ class TensorboardTracker:
             self.writer.add_scalar(name, value, step)
         for name, load in loads.items():
             self.writer.add_histogram(name, numpy.array(load), step)
+
+    def go_back(self, step: int) -> None:
+        """See `Tracker`. A new file tells TensorBoard to hide what was written of these steps."""
+        self.writer.close()
+        self.writer = self.make_writer(self.folder, purge_step=step + 1)
 
     def close(self, plots: Sequence[Path]) -> None:
         """See `Tracker`."""

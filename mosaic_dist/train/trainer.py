@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 from mosaic_dist.data.batch import Batch
 from mosaic_dist.data.stream import Loader, ValidationBatches
 from mosaic_dist.errors import UserError
+from mosaic_dist.optim import Spikes
 from mosaic_dist.parallel import Engine, StepResult
 from mosaic_dist.parallel.engine import HeldOut
 from mosaic_dist.run_spec import Run
@@ -29,6 +30,19 @@ class Progress:
     """[validation loss, step] of the lowest losses, the lowest first."""
     validations_since_best: int = 0
     stopped_early: bool = False
+    recent_losses: list[float] = field(default_factory=list)
+    """What `run.spikes` judges the next loss by."""
+    rejected_in_a_row: int = 0
+    rewinds: list[dict[str, float]] = field(default_factory=list)
+    """Each return to a checkpoint: `step`, `loss` and `threshold` of the spike, and `back_to_step`. All of the run."""
+
+    def count(self, result: StepResult, spikes: Spikes) -> None:
+        """Count a step that was done."""
+        self.step += 1
+        self.tokens += result.tokens
+        self.rejected_in_a_row = self.rejected_in_a_row + 1 if result.rejected else 0
+        if not result.skipped:
+            self.recent_losses = spikes.remember(self.recent_losses, result.loss)
 
 
 class Trainer:
@@ -38,6 +52,8 @@ class Trainer:
         self.run, self.engine, self.loader = run, engine, loader
         self.progress, self.until_step = progress, until_step
         self.learning_rate = 0.0
+        self.loss_threshold = math.inf
+        """Above it the loss of the step that was just done is a spike."""
         self.step_seconds = 0.0
         self.data_seconds = 0.0
         self.validation_loss: float | None = None
@@ -53,6 +69,8 @@ class Trainer:
         """What the record of the next step says of a save that was finished since the last: seconds, by name."""
         self.entered: Callable[[int, str], None] = lambda step, part: None
         """Told of each part of a step when it begins."""
+        self.has_gone_back: Callable[[StepResult], bool] = lambda result: False
+        """Called after a step that was rejected; whether the run is at a checkpoint now."""
 
     @property
     def is_ending(self) -> bool:
@@ -79,6 +97,8 @@ class Trainer:
                 self.entered(step, "update")
                 result = self._step(batch)
                 self.step_seconds = time.perf_counter() - started
+                if result.rejected and self.has_gone_back(result):
+                    continue  # the hooks had their turn when the run was here before
                 for hook in hooks:
                     self.entered(step, type(hook).__name__)
                     hook.after_step(self, result)
@@ -87,15 +107,16 @@ class Trainer:
         """Update the weights, count, and learn from all ranks whether to go on."""
         step = self.progress.step
         self.learning_rate = self.run.optimizer.learning_rate * self.run.schedule.factor(step, self.run.steps)
+        self.loss_threshold = self.run.spikes.threshold(self.progress.recent_losses)
         result = self.engine.train_step(
             batch.inputs_BT,
             batch.targets_BT,
             self.learning_rate,
             batch.documents_BT,
             lambda: [holds() for holds in self.reasons_to_stop.values()],
+            self.loss_threshold,
         )
-        self.progress.step += 1
-        self.progress.tokens += result.tokens
+        self.progress.count(result, self.run.spikes)
         told = zip(self.reasons_to_stop, result.votes, strict=True)
         self.interrupted_by = next((reason for reason, holds in told if holds), None)
         return result
@@ -114,7 +135,8 @@ MAX_SKIPS_IN_A_ROW = 20
 class NonfiniteGuard:
     """Stops a run, or lets it go on, when the loss is NaN or infinite.
 
-    The engine has already left the weights alone. A skip without a bad loss is the fp16 loss scale finding its level.
+    The engine has already left the weights alone. A skip without a bad loss is the fp16 loss scale finding its level,
+    or a spike.
     """
 
     def __init__(self, policy: str):
@@ -125,7 +147,7 @@ class NonfiniteGuard:
         """Raise UserError with a diagnosis where the policy says stop, or skips do not end."""
         finite = math.isfinite(result.loss) and math.isfinite(result.auxiliary_loss)
         full_precision = not trainer.engine.loss_is_scaled
-        bad = not finite or (result.skipped and full_precision)
+        bad = not finite or (result.skipped and full_precision and not result.rejected)
         self.in_a_row = self.in_a_row + 1 if bad else 0
         if bad and (self.policy == "stop" or self.in_a_row >= MAX_SKIPS_IN_A_ROW):
             what = f"loss {result.loss}, auxiliary loss {result.auxiliary_loss}, gradient norm {result.grad_norm}"

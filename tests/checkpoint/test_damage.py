@@ -16,7 +16,7 @@ from mosaic_dist.checkpoint import Checkpoint, CheckpointError
 from mosaic_dist.checkpoint.manifest import read_manifest, render_manifest
 from mosaic_dist.parallel import World
 from mosaic_dist.train.folder import RunFolder
-from mosaic_dist.train.session import newest_good
+from mosaic_dist.train.resuming import newest_good
 from tests.checkpoint.samples import DTYPES, SHAPES, save_small
 
 FLIPS = 120
