@@ -7,6 +7,7 @@ import pytest
 from deepspeed import comm
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 
+from mosaic_dist.parallel.loss_scale import restore_scale, scale_state
 from mosaic_dist.parallel.state import counters, restore_counters
 
 FRESH_SCALE, ADAPTED_SCALE = 65536.0, 4096.0
@@ -64,3 +65,14 @@ def test_a_scale_that_is_set_stays_and_micro_batches_are_counted_in_those_of_thi
     restore_counters(loaded, counters(engine(adapted(), 7, accumulation=2)))
     assert fixed.cur_scale == 1.0
     assert (loaded.deepspeed.global_steps, loaded.deepspeed.micro_steps) == (7, 21)
+
+
+def test_an_overflow_that_was_none_can_be_taken_back() -> None:
+    """As after a step that was rejected for its loss, whose gradients are NaN on purpose."""
+    scaler, other = adapted(), adapted()
+    optimizer = SimpleNamespace(loss_scaler=scaler)
+    before = scale_state(optimizer)
+    scaler.update_scale(True)
+    assert vars(scaler) != vars(other)
+    restore_scale(optimizer, before)
+    assert vars(scaler) == vars(other)

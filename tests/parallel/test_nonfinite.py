@@ -1,4 +1,4 @@
-"""A NaN on one rank leaves the weights and moments of all ranks as they were, whatever the ZeRO stage."""
+"""A NaN, or a loss above the limit, on one rank leaves the weights and moments of all ranks as they were, whatever the ZeRO stage."""
 
 import json
 import math
@@ -6,7 +6,7 @@ import math
 import pytest
 
 from tests.launch import check, run_ranks
-from tests.parallel.nonfinite_ranks import BAD_STEP
+from tests.parallel.nonfinite_ranks import BAD_STEP, LOSS_LIMIT, POISONS
 from tests.parallel.tiny import STEPS, reference
 
 
@@ -19,11 +19,14 @@ def told(tmp_path_factory):
 
 @pytest.mark.parametrize("degree", [1, 2])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_the_step_is_as_if_it_had_not_been(told, stage, degree):
-    results = told[f"{stage}/{degree}"]
-    assert [skipped for *_, skipped in results] == [step == BAD_STEP for step in range(STEPS)]
-    assert math.isnan(results[BAD_STEP][0])
+@pytest.mark.parametrize("kind", POISONS)
+def test_the_step_is_as_if_it_had_not_been(told, kind, stage, degree):
+    results = told[f"{kind}/{stage}/{degree}"]
+    assert [skipped for _, _, skipped, _ in results] == [step == BAD_STEP for step in range(STEPS)]
+    assert [rejected for *_, rejected in results] == [step == BAD_STEP and kind == "spike" for step in range(STEPS)]
+    loss = results[BAD_STEP][0]
+    assert math.isnan(loss) if kind == "nan" else LOSS_LIMIT < loss < math.inf
     losses, norms, _ = reference(left_out=BAD_STEP)
     good = results[:BAD_STEP] + results[BAD_STEP + 1 :]
     assert [loss for loss, *_ in good] == pytest.approx(losses, rel=1e-5)
-    assert [norm for _, norm, _ in good] == pytest.approx(norms, rel=1e-4)
+    assert [norm for _, norm, *_ in good] == pytest.approx(norms, rel=1e-4)

@@ -18,6 +18,7 @@ from mosaic_dist.train.experts import loads_by_layer
 from mosaic_dist.train.folder import RunFolder
 from mosaic_dist.train.metrics import read_metrics
 from mosaic_dist.train.reporting import Metrics, Plots, Speed
+from mosaic_dist.train.trainer import Progress
 from tests.end_to_end.conftest import python
 from tests.launch import check, run_ranks
 from tests.train.expert_run import RANKS, RATE, run
@@ -137,14 +138,15 @@ def take_steps(tmp_path: Path, steps: range, validated: int = 0, **logging: int)
         validation_losses={}, save_told={}, loader=SimpleNamespace(epochs={"": 0.5}),
     )  # fmt: skip
     result = SimpleNamespace(
-        loss=2.0, auxiliary_loss=0.0, grad_norm=1.0, skipped=False, tokens=128, expert_load=LOAD, router=ROUTER
-    )
+        loss=2.0, auxiliary_loss=0.0, grad_norm=1.0, skipped=False, rejected=False, tokens=128, expert_load=LOAD,
+        router=ROUTER,
+    )  # fmt: skip
     hooks = (
         Metrics(RunFolder(tmp_path), steps.start - 1, [listener], Speed(1.0, 1.0)),
         Plots(RunFolder(tmp_path)),
     )
     for step in steps:
-        trainer.progress = SimpleNamespace(step=step, tokens=128 * step)
+        trainer.progress = Progress(step=step, tokens=128 * step)
         trainer.is_ending = step == steps[-1]
         trainer.is_due = lambda every, step=step: every > 0 and (step % every == 0 or step == steps[-1])
         trainer.validation_loss = 2.0 if step == validated else None

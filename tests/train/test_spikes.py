@@ -14,12 +14,10 @@ from mosaic_dist.train.plot import spikes_of
 from mosaic_dist.train.spikes import returns_in_a_row
 from mosaic_dist.train.trainer import Progress
 from tests.launch import check, run_ranks
-from tests.train.spike_ranks import BAD, BATCH, LIMIT, SAVED_EVERY, STEPS, VOCAB
+from tests.train.spike_ranks import BAD, BATCH, LIMIT, SAVED, STEPS, VOCAB
 
 STAGES = {1: ("0",), 2: ("1", "2", "3")}
 """Of ZeRO, by the number of ranks."""
-SAVED = 2 * SAVED_EVERY
-FIRST, SECOND = (number + 1 for number in BAD)
 EXACT = ("step", "tokens", "loss", "auxiliary_loss", "learning_rate", "grad_norm", "skipped", "epoch", "rewinds")
 
 
@@ -44,43 +42,37 @@ def told(tmp_path_factory) -> dict[int, list[dict]]:
     return seen
 
 
-def each_stage(told) -> list[tuple[str, dict]]:
-    """Each rank of each layout, as (name, what it saw)."""
-    return [
-        (f"ZeRO {stage}, rank {rank} of {ranks}", seen[stage])
-        for ranks, by_rank in told.items()
-        for rank, seen in enumerate(by_rank)
-        for stage in STAGES[ranks]
-    ]
-
-
 def test_a_skipped_spike_is_as_if_it_had_not_been(told):
-    for name, seen in each_stage(told):
-        assert seen["skip"]["digest"] == seen["loop that skips"]["digest"], name
-        assert seen["skip"]["cursor"] == STEPS * BATCH
-    records = told[2][0]["2"]["skip"]["records"]
+    seen = told[1][0]["0"]
+    assert seen["skip"]["digest"] == seen["loop that skips"]["digest"]
+    assert seen["skip"]["cursor"] == STEPS * BATCH
+    records = seen["skip"]["records"]
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
     spikes = [record for record in records if "spike_threshold" in record]
-    assert [record["step"] for record in spikes] == [FIRST, SECOND]
+    assert [record["step"] for record in spikes] == [number + 1 for number in BAD]
     assert all(record["skipped"] and record["loss"] > record["spike_threshold"] for record in spikes)
-    good = [record["loss"] for record in records if not record["skipped"]]
-    assert good == told[2][0]["2"]["loop that skips"]["losses"]
+    assert [record["loss"] for record in records if not record["skipped"]] == seen["loop that skips"]["losses"]
 
 
-def test_a_run_that_goes_back_ends_as_one_that_never_saw_the_data(told):
-    for name, seen in each_stage(told):
-        assert seen["rewind"]["digest"] == seen["loop that goes back"]["digest"], name
-        assert seen["rewind"]["cursor"] == (BAD[-1] + 1 + STEPS - SAVED) * BATCH
-    records = told[2][0]["2"]["rewind"]["records"]
-    assert [record["loss"] for record in records] == told[2][0]["2"]["loop that goes back"]["losses"]
+@pytest.mark.parametrize(("ranks", "stage"), [(ranks, stage) for ranks in STAGES for stage in STAGES[ranks]])
+def test_a_run_that_goes_back_ends_as_one_that_never_saw_the_data(told, ranks, stage):
+    """The first spike comes before the first checkpoint, and is skipped; for the others the run goes back to it."""
+    for seen in told[ranks]:
+        run, loop = seen[stage]["rewind"], seen[stage]["loop that goes back"]
+        assert run["digest"] == loop["digest"]
+        assert run["cursor"] == (BAD[-1] + 1 + STEPS - SAVED) * BATCH
+    main = told[ranks][0]
+    records, losses = main[stage]["rewind"]["records"], main[stage]["loop that goes back"]["losses"]
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+    assert [record["step"] for record in records if "spike_threshold" in record] == [BAD[0] + 1]
+    assert [record["loss"] for record in records if not record["skipped"]] == losses
     (first,) = [record for record in records if "rewinds" in record]
     assert first["step"] == SAVED + 1
-    assert [(rewind["step"], rewind["back_to_step"]) for rewind in first["rewinds"]] == [(FIRST, SAVED)] * 2
+    assert [(rewind["step"], rewind["back_to_step"]) for rewind in first["rewinds"]] == [(BAD[1] + 1, SAVED)] * 2
     assert all(rewind["loss"] > rewind["threshold"] for rewind in first["rewinds"])
-    text = told[2][0]["text"]
-    assert f"samples {SAVED * BATCH} to {(BAD[0] + 1) * BATCH - 1} are passed over" in text
-    assert f"samples {SAVED * BATCH} to {(BAD[1] + 1) * BATCH - 1} are passed over" in text
+    assert "its update is left out, as there is no checkpoint to go back to yet" in main["text"]
+    for number in BAD[1:]:
+        assert f"samples {SAVED * BATCH} to {(number + 1) * BATCH - 1} are passed over" in main["text"]
 
 
 @pytest.mark.parametrize("name", ["went on behind", "went on before", "went on stopped"])
@@ -94,19 +86,13 @@ def test_a_run_that_is_stopped_around_its_spikes_goes_on_bitwise(told, name):
         assert seen["3"]["stopped"]["step"] == SAVED
 
 
-def test_before_the_first_checkpoint_a_spike_is_skipped(told):
-    for seen in told[2]:
-        assert seen["3"]["nothing saved"]["digest"] == seen["3"]["loop that skips"]["digest"]
-    assert "its update is left out, as there is no checkpoint to go back to yet" in told[2][0]["text"]
-
-
 def test_spikes_without_end_end_the_run_on_all_ranks(told):
-    for action, step in (("skip", BAD[0] + LIMIT), ("rewind", SAVED + 1)):
+    for action, step in (("skip", BAD[1] + LIMIT), ("rewind", SAVED + 1)):
         errors = [seen["3"][f"endless {action}"]["error"] for seen in told[2]]
         assert errors[0] == errors[1]
         assert errors[0].startswith(f"step {step}: loss ")
         assert f"{LIMIT}. time in a row, and spikes.limit is {LIMIT}" in errors[0]
-        assert f"ends at sample {(BAD[0] + LIMIT) * BATCH}. " in errors[0]
+        assert f"ends at sample {(BAD[1] + LIMIT) * BATCH}. " in errors[0]
 
 
 def by_hand(losses: list[float], spikes: Spikes) -> list[bool]:

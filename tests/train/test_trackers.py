@@ -141,6 +141,18 @@ def test_a_service_that_cannot_begin_is_done_without(tmp_path, monkeypatch, caps
     assert "warning: wandb gets no metrics" in capsys.readouterr().err
 
 
+def test_tensorboard_shows_steps_that_were_done_anew_once(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    tracker = TensorboardTracker(None, tmp_path)
+    for step in (1, 2, 3):
+        tracker.write(step, {"loss": float(step)}, {})
+    tracker.go_back(1)
+    tracker.write(2, {"loss": 20.0}, {})
+    close_trackers([tracker], [])
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
+    assert [(event.step, event.value) for event in events] == [(1, 1.0), (2, 20.0)]
+
+
 def test_tensorboard_gets_the_pictures(tmp_path):
     figure, axes = pyplot.subplots(figsize=(2, 1))
     axes.plot([1, 2])

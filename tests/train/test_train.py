@@ -26,6 +26,17 @@ def test_metrics_survive_a_cut_line_and_drop_what_lies_beyond(tmp_path):
         read_metrics(path)
 
 
+def test_metrics_go_back_as_a_run_that_starts_again_does(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path, step=0)
+    for step in (1, 2, 3):
+        file.write({"step": step, "loss": 1.0})
+    file.go_back(1)
+    assert file.last_step == 1
+    file.write({"step": 2, "loss": 2.0})
+    assert read_metrics(path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}]
+
+
 def test_smoothing_is_the_weighted_mean_of_the_past():
     values, half_life = [4.0, 2.0, math.nan, 8.0], 2.0
     weights = [0.5 ** (age / half_life) for age in (2, 1, 0)]
@@ -105,8 +116,9 @@ def fake_trainer(scaled: bool) -> SimpleNamespace:
     )
 
 
-def result(loss: float, skipped: bool) -> SimpleNamespace:
-    return SimpleNamespace(loss=loss, auxiliary_loss=0.0, grad_norm=math.inf if skipped else 1.0, skipped=skipped)
+def result(loss: float, skipped: bool, rejected: bool = False) -> SimpleNamespace:
+    norm = math.inf if skipped else 1.0
+    return SimpleNamespace(loss=loss, auxiliary_loss=0.0, grad_norm=norm, skipped=skipped, rejected=rejected)
 
 
 def test_the_guard_follows_its_policy():
@@ -115,6 +127,7 @@ def test_the_guard_follows_its_policy():
     with pytest.raises(UserError, match="gradient norm inf"):
         NonfiniteGuard("stop").after_step(fake_trainer(False), result(2.0, True))
     NonfiniteGuard("stop").after_step(fake_trainer(True), result(2.0, True))  # fp16 seeks its loss scale
+    NonfiniteGuard("stop").after_step(fake_trainer(False), result(2.0, True, rejected=True))  # a spike
     patient = NonfiniteGuard("skip")
     for _ in range(MAX_SKIPS_IN_A_ROW - 1):
         patient.after_step(fake_trainer(False), result(math.nan, True))
@@ -129,6 +142,8 @@ def test_a_run_goes_to_yaml_and_back():
 def test_what_belongs_to_the_cluster_may_change():
     moved = override(run, {"micro_batch": 2, "parallel.expert_parallel": 4, "data.path": "x", "precision": "fp32"})
     assert list(differences(run, moved)) == []
+    mended = override(run, {"nonfinite": "skip", "spikes.action": "rewind", "spikes.limit": 20})
+    assert list(differences(run, mended)) == []
     other = override(run, {"optimizer.learning_rate": 1.0, "model.blocks[1].ffn.top_k": 1, "initial_model": "m"})
     found = list(differences(run, other))
     assert "optimizer.learning_rate: 0.001 there, 1.0 here" in found
@@ -144,6 +159,10 @@ def test_what_belongs_to_the_cluster_may_change():
         ({"data.seq_len": 1024}, "data.seq_len"),
         ({"steps": 100}, "schedule.warmup_steps"),
         ({"nonfinite": "ignore"}, "nonfinite"),
+        ({"spikes.action": "stop"}, "spikes.action"),
+        ({"spikes.window_steps": 3}, "spikes.window_steps"),
+        ({"spikes.action": "skip", "spikes.window_steps": 50_000}, "spikes.window_steps"),
+        ({"spikes.action": "rewind", "checkpoint.every_steps": 50_000}, "checkpoint.every_steps"),
         ({"exact_match_samples": 2, "validate_every_steps": 0}, "exact_match_samples"),
         ({"early_stopping_patience": 2, "validate_every_steps": 0}, "early_stopping_patience"),
         ({"checkpoint.keep_best": 2, "validate_every_steps": 0}, "checkpoint.keep_best"),
