@@ -1,6 +1,6 @@
 """A tiny model with experts, its data, and the plain PyTorch loop that every engine must equal."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
@@ -55,13 +55,13 @@ def batches() -> list[tuple[Tensor, Tensor]]:
     return [(step[:, :-1].contiguous(), step[:, 1:].contiguous()) for step in walk]
 
 
-def reference(left_out: int | None = None) -> tuple[list[float], list[float], dict[str, Tensor]]:
-    """Losses, gradient norms and final weights of one process without DeepSpeed; one step can be left out."""
+def reference(left_out: Collection[int] = ()) -> tuple[list[float], list[float], dict[str, Tensor]]:
+    """Losses, gradient norms and final weights of one process without DeepSpeed; steps can be left out."""
     model = MODEL.build_initialized(0)
     optimizer = OPTIMIZER.build(OPTIMIZER.groups(model))
     losses, norms = [], []
     for step, (inputs, targets) in enumerate(batches()):
-        if step == left_out:
+        if step in left_out:
             continue
         total = 0.0
         for x, y in zip(inputs.split(MICRO), targets.split(MICRO), strict=True):

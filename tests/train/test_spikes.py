@@ -4,6 +4,8 @@ import json
 import math
 import random
 import statistics
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -14,7 +16,7 @@ from mosaic_dist.train.plot import spikes_of
 from mosaic_dist.train.spikes import returns_in_a_row
 from mosaic_dist.train.trainer import Progress
 from tests.launch import check, run_ranks
-from tests.train.spike_ranks import BAD, BATCH, LIMIT, SAVED, STEPS, VOCAB
+from tests.train.spike_ranks import BAD, BATCH, LENGTH, LIMIT, SAVED, STEPS, VOCAB
 
 STAGES = {1: ("0",), 2: ("1", "2", "3")}
 """Of ZeRO, by the number of ranks."""
@@ -26,24 +28,30 @@ def story(records: list[dict]) -> list[dict]:
     return [{key: record.get(key) for key in EXACT} for record in records]
 
 
-@pytest.fixture(scope="module")
-def told(tmp_path_factory) -> dict[int, list[dict]]:
-    """By the number of ranks, what each of them saw."""
-    data = tmp_path_factory.mktemp("spikes") / "data"
+def run_stages(ranks: int, make_folder: Callable[[str], Path]) -> list[dict]:
+    """What each of so many ranks saw, and the text of the first."""
+    data, output = make_folder("spikes") / "data", make_folder("runs")
     documents = 200 * ["alpha beta gamma delta epsilon zeta eta theta iota kappa lambda"]
     tokenizer = train_bpe([*documents, "x y z 0123 hello world foo bar baz"], VOCAB)
-    prepare(documents, tokenizer, data, 16, validation_fraction=0.1, workers=1)
-    seen = {}
-    for ranks, stages in STAGES.items():
-        output = tmp_path_factory.mktemp("runs")
-        text = check(run_ranks("tests.train.spike_ranks", ranks, str(data), str(output), *stages, timeout=900))
-        seen[ranks] = [json.loads((output / f"rank_{rank}.json").read_text()) for rank in range(ranks)]
-        seen[ranks][0]["text"] = text
+    prepare(documents, tokenizer, data, LENGTH, validation_fraction=0.1, workers=1)
+    text = check(run_ranks("tests.train.spike_ranks", ranks, str(data), str(output), *STAGES[ranks], timeout=550))
+    seen = [json.loads((output / f"rank_{rank}.json").read_text()) for rank in range(ranks)]
+    seen[0]["text"] = text
     return seen
 
 
-def test_a_skipped_spike_is_as_if_it_had_not_been(told):
-    seen = told[1][0]["0"]
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> list[dict]:
+    return run_stages(1, tmp_path_factory.mktemp)
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory) -> list[dict]:
+    return run_stages(2, tmp_path_factory.mktemp)
+
+
+def test_a_skipped_spike_is_as_if_it_had_not_been(alone):
+    seen = alone[0]["0"]
     assert seen["skip"]["digest"] == seen["loop that skips"]["digest"]
     assert seen["skip"]["cursor"] == STEPS * BATCH
     records = seen["skip"]["records"]
@@ -54,14 +62,15 @@ def test_a_skipped_spike_is_as_if_it_had_not_been(told):
     assert [record["loss"] for record in records if not record["skipped"]] == seen["loop that skips"]["losses"]
 
 
-@pytest.mark.parametrize(("ranks", "stage"), [(ranks, stage) for ranks in STAGES for stage in STAGES[ranks]])
-def test_a_run_that_goes_back_ends_as_one_that_never_saw_the_data(told, ranks, stage):
+@pytest.mark.parametrize(("ranks", "stage"), [("alone", "0"), ("both", "1"), ("both", "2"), ("both", "3")])
+def test_a_run_that_goes_back_ends_as_one_that_never_saw_the_data(ranks, stage, request):
     """The first spike comes before the first checkpoint, and is skipped; for the others the run goes back to it."""
-    for seen in told[ranks]:
+    told = request.getfixturevalue(ranks)
+    for seen in told:
         run, loop = seen[stage]["rewind"], seen[stage]["loop that goes back"]
         assert run["digest"] == loop["digest"]
         assert run["cursor"] == (BAD[-1] + 1 + STEPS - SAVED) * BATCH
-    main = told[ranks][0]
+    main = told[0]
     records, losses = main[stage]["rewind"]["records"], main[stage]["loop that goes back"]["losses"]
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
     assert [record["step"] for record in records if "spike_threshold" in record] == [BAD[0] + 1]
@@ -76,9 +85,9 @@ def test_a_run_that_goes_back_ends_as_one_that_never_saw_the_data(told, ranks, s
 
 
 @pytest.mark.parametrize("name", ["went on behind", "went on before", "went on stopped"])
-def test_a_run_that_is_stopped_around_its_spikes_goes_on_bitwise(told, name):
+def test_a_run_that_is_stopped_around_its_spikes_goes_on_bitwise(both, name):
     """Saved after the spikes; crashed before that save, and so back before the spikes; told to stop in the first."""
-    for seen in told[2]:
+    for seen in both:
         undisturbed, went_on = seen["3"]["rewind"], seen["3"][name]
         for key in ("digest", "cursor", "progress"):
             assert went_on[key] == undisturbed[key]
@@ -86,9 +95,9 @@ def test_a_run_that_is_stopped_around_its_spikes_goes_on_bitwise(told, name):
         assert seen["3"]["stopped"]["step"] == SAVED
 
 
-def test_spikes_without_end_end_the_run_on_all_ranks(told):
+def test_spikes_without_end_end_the_run_on_all_ranks(both):
     for action, step in (("skip", BAD[1] + LIMIT), ("rewind", SAVED + 1)):
-        errors = [seen["3"][f"endless {action}"]["error"] for seen in told[2]]
+        errors = [seen["3"][f"endless {action}"]["error"] for seen in both]
         assert errors[0] == errors[1]
         assert errors[0].startswith(f"step {step}: loss ")
         assert f"{LIMIT}. time in a row, and spikes.limit is {LIMIT}" in errors[0]
