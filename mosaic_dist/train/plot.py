@@ -53,7 +53,7 @@ def draw_loss(axes: Any, xs: Sequence[float], records: Sequence[dict[str, Any]],
     if validated := measured(xs, records, "validation_loss"):
         draw_points(axes, validated, ink, "validation")
     if spikes := spikes_of(xs, records):
-        draw_points(axes, spikes, ink, "spikes, not learnt from", "X")
+        draw_points(axes, spikes, ink, "spikes, not learnt from", "D")
     axes.set_ylabel("cross-entropy (nats per token)")
     axes.grid(alpha=0.3)
 
