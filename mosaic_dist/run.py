@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 
+from mosaic_dist.checkpoint import newest
 from mosaic_dist.cli import USAGE_EXIT_CODE, fail, run_command
 from mosaic_dist.data.mixture import Corpus
 from mosaic_dist.data.settings import read_data_word
@@ -88,6 +89,13 @@ def check_data(run: Run) -> Corpus:
     return info
 
 
+def _check_ramp(resolved: Resolved, checkpoints: Path) -> None:
+    """Refuse ranks that could not take a batch that lies ahead of the newest checkpoint."""
+    if resolved.run.batch_ramp is not None:
+        found = newest(checkpoints)
+        resolved.run.check_ramp(resolved.world_size, 0 if found is None else found.state["data"]["cursor"])
+
+
 def _expert_counts(model: Transformer) -> list[int]:
     with torch.device("meta"):
         return expert_counts(model.build())
@@ -99,14 +107,15 @@ def describe(resolved: Resolved) -> str:
     rows = [(name, *pair) for name, pair in counts.components.items()] + [("total", counts.total, counts.active)]
     table = "\n".join(f"  {name:<12} {total:>16,} {active:>16,}" for name, total, active in rows)
     stage = resolved.config["zero_optimization"]["stage"]
+    ramp = "" if run.batch_ramp is None else f"ramp: {run.batch_ramp.describe(run.batch_tokens)}\n"
     return (
         f"{run.to_yaml()}\n"
         f"parameters             total           active\n{table}\n\n"
         f"layout: {resolved.world_size} ranks, expert parallel {resolved.expert_parallel}, ZeRO {stage}, "
         f"{resolved.precision}\n"
         f"batch: {run.batch_tokens:,} tokens = {run.batch_sequences} sequences of {run.seq_len} = "
-        f"{resolved.world_size} ranks x {resolved.accumulation} micro-batches of {run.micro_batch}\n"
-        f"steps: {run.steps:,} = {run.steps * run.batch_tokens:,} tokens"
+        f"{resolved.world_size} ranks x {resolved.accumulation} micro-batches of {run.micro_batch}\n{ramp}"
+        f"steps: {run.steps:,} = {run.tokens_after(run.steps):,} tokens"
     )
 
 
@@ -161,13 +170,15 @@ def start(
     """
     deadline = Deadline(max_minutes)
     resolved = resolve(run, ds_config, size_from_environment(), local_size_from_environment())
+    checkpoints = RunFolder(output).checkpoints
+    _check_ramp(resolved, checkpoints)
     if dry_run:
         if rank_from_environment() == 0:
             print(describe(resolved))
         return False
     signals = StopSignals()
     info = check_data(run)
-    initial = open_initial(run, info, RunFolder(output).checkpoints)
+    initial = open_initial(run, info, checkpoints)
     with _world(run.parallel.timeout_seconds) as world:
         trainer = train_run(
             Start(

@@ -1,5 +1,7 @@
 """Run: everything that defines an experiment, in one value."""
 
+import itertools
+import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -7,10 +9,10 @@ from typing import Any, Literal
 from mosaic_dist.checkpoint.spec import CheckpointPolicy
 from mosaic_dist.data import Data
 from mosaic_dist.model import Transformer
-from mosaic_dist.optim import Cosine, Optimizer, Schedule, Spikes
+from mosaic_dist.optim import BatchRamp, Cosine, Optimizer, Schedule, Spikes
 from mosaic_dist.parallel.deepspeed_config import Precision, fill_config
 from mosaic_dist.parallel.spec import Parallel
-from mosaic_dist.spec import NonNegative, Positive, Spec, SpecError, leaves
+from mosaic_dist.spec import NonNegative, Positive, Spec, SpecError, at, leaves
 
 
 class Logging(Spec):
@@ -33,7 +35,8 @@ class Run(Spec):
     """An experiment.
 
     Each of `steps` updates is over `batch_tokens` tokens, whatever the cluster; every rank takes `micro_batch`
-    sequences at a time and accumulates the rest. `precision` "auto" means bf16 where the GPU has it, fp16 on older
+    sequences at a time and accumulates the rest. With a `batch_ramp` the first updates are over fewer tokens; `steps` and
+    the schedule count updates of any size. `precision` "auto" means bf16 where the GPU has it, fp16 on older
     ones, fp32 on CPU. `nonfinite` says what a NaN or infinite loss does: "stop" the run, or "skip" the step; `spikes`
     what one does that jumps.
     `validate_every_steps` 0 turns validation off; `validation_samples` bounds it (0: all). With `exact_match_samples`
@@ -50,6 +53,7 @@ class Run(Spec):
     schedule: Schedule = Cosine()
     steps: Positive
     batch_tokens: Positive
+    batch_ramp: BatchRamp | None = None
     micro_batch: Positive = 1
     precision: Precision = "auto"
     seed: NonNegative = 0
@@ -95,6 +99,19 @@ class Run(Spec):
             )
         if self.schedule.warmup_steps > self.steps:
             raise SpecError("schedule.warmup_steps", f"{self.schedule.warmup_steps} is more than steps ({self.steps})")
+        if self.batch_ramp is not None:
+            self._check_ramp(self.batch_ramp)
+
+    def _check_ramp(self, ramp: BatchRamp) -> None:
+        with at("batch_ramp"):
+            ramp.check_sizes(self.batch_tokens, self.seq_len, "the sequence length")
+        last = ramp.batch_at(self.tokens_after(self.steps - 1), self.batch_tokens)
+        if last < self.batch_tokens:
+            raise SpecError(
+                "batch_ramp.over_tokens",
+                f"{ramp.over_tokens} is too much for {self.steps} steps, which take {self.tokens_after(self.steps)} "
+                f"tokens: the last batch has {last} of {self.batch_tokens}; raise steps, or lower it",
+            )
 
     @property
     def seq_len(self) -> int:
@@ -103,8 +120,37 @@ class Run(Spec):
 
     @property
     def batch_sequences(self) -> int:
-        """Sequences of the global batch."""
+        """Sequences of the global batch; of the full one, if it grows."""
         return self.batch_tokens // self.seq_len
+
+    def sequences_at(self, cursor: int) -> int:
+        """Sequences of the global batch that begins behind so many sequences of the run."""
+        if self.batch_ramp is None:
+            return self.batch_sequences
+        return self.batch_ramp.batch_at(cursor * self.seq_len, self.batch_tokens) // self.seq_len
+
+    def tokens_after(self, steps: int) -> int:
+        """Tokens that so many steps take, from the run's first on."""
+        ramp = () if self.batch_ramp is None else self.batch_ramp.batches(self.batch_tokens)
+        smaller = list(itertools.islice(ramp, steps))
+        return sum(smaller) + (steps - len(smaller)) * self.batch_tokens
+
+    def check_ramp(self, world_size: int, cursor: int = 0) -> None:
+        """SpecError where a batch that lies ahead of so many sequences cannot be dealt out evenly to the ranks."""
+        if self.batch_ramp is None:
+            return
+        at_a_time = f"which {world_size} ranks with micro-batches of {self.micro_batch} take at a time"
+        unit = self.micro_batch * world_size * self.seq_len
+        ahead = self.batch_ramp.sizes(cursor * self.seq_len, self.batch_tokens)
+        if cursor == 0:
+            with at("batch_ramp"):
+                self.batch_ramp.check_sizes(self.batch_tokens, unit, at_a_time)
+        elif any(size % unit for size in ahead):
+            raise SpecError(
+                "batch_ramp",
+                f"the run is at a batch of {ahead[0]} tokens, and not all batches from there on are multiples of "
+                f"{unit} tokens, {at_a_time}; ranks x micro_batch must divide {math.gcd(*ahead) // self.seq_len}",
+            )
 
     def accumulation(self, world_size: int) -> int:
         """Micro-batches per rank and step. `SpecError` where the batch cannot be dealt out evenly."""

@@ -347,6 +347,7 @@ def _replace(annotation: Any, data: Any, steps: list[str], value: Any, path: str
     cls = _spec_class(annotation, data)
     if cls is None:
         raise SpecError(join(path, steps[0]), f"{path} is {_show(data)} and has no fields")
+    data = data or {}  # a part that is only just begun
     known = fields(cls)
     if steps[0] not in known:
         raise SpecError(join(path, steps[0]), f"{_name(cls)} has no such field; {nearest(steps[0], list(known))}")

@@ -22,6 +22,7 @@ MARGIN = 10.0
 """Between the suggestion and the learning rate whose loss was lowest."""
 PICTURE = "learning_rate.png"
 PLAIN = {
+    "batch_ramp": None,
     "validate_every_steps": 0,
     "exact_match_samples": 0,
     "early_stopping_patience": 0,

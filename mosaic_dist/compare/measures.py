@@ -1,5 +1,6 @@
 """What variants of a run came to: means and spreads over their seeds, and losses where all of them have been."""
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -77,8 +78,9 @@ def reached(variants: Sequence[Variant], axis: Axis) -> float:
 
 def smoothed(story: Story, half_life_tokens: float) -> list[float]:
     """The moving average of a run's training loss, whose half-life is so many tokens, and two records at least."""
-    tokens_per_record = story.records[-1]["tokens"] / len(story.records)
-    return smooth(story.column("loss"), max(2.0, half_life_tokens / tokens_per_record))
+    tokens = story.column("tokens")
+    spans = [b - a for a, b in itertools.pairwise([0.0, *tokens])]  # they grow while a batch ramp lasts
+    return smooth(story.column("loss"), max(2.0 * tokens[-1] / len(tokens), half_life_tokens), spans)
 
 
 @dataclass(frozen=True)

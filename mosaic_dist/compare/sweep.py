@@ -78,7 +78,7 @@ def _size(one: Planned) -> str:
         with at("model"):
             counts = count_parameters(one.run.model)
         read_config(one.flags.get("ds_config"))
-    tokens = one.run.steps * one.run.batch_tokens
+    tokens = one.run.tokens_after(one.run.steps)
     return f"{counts.total:,} parameters, {counts.active:,} active, {one.run.steps:,} steps, {tokens:,} tokens"
 
 

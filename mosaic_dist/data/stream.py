@@ -1,14 +1,14 @@
 """Batches for training and validation, with one global cursor as the whole state.
 
 A step with a global batch of G samples takes positions cursor ... cursor + G of the order (`order.py`, `mixture.py`),
-and rank r of W the r-th of W equal parts of them. The order knows neither ranks nor workers, so a run continues with
+and rank r of W the r-th of W equal parts of them. G may depend on the cursor, as it does while a batch ramp lasts. The order knows neither ranks nor workers, so a run continues with
 the same samples in every step on another number of either, and nothing is dropped where epochs meet. Shards are
 read map-style; see `mds.py` for why not through StreamingDataset.
 """
 
 import contextlib
 import dataclasses
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,7 @@ class Loader:
         data: Data,
         corpus: Corpus,
         *,
-        global_batch: int,
+        global_batch: int | Callable[[int], int],
         rank: int,
         world_size: int,
         seed: int,
@@ -50,22 +50,23 @@ class Loader:
     ):
         """`split` (of a dataset by itself) and `seq_len` default to those of `data`, the cursor to 0.
 
-        Batches are brought to `device` ahead of their step; without one they stay on the CPU.
+        `global_batch` is a number of samples, or tells it of the batch that begins at a cursor. Batches are brought to `device` ahead of their step; without one they stay on the CPU.
         """
-        _check_shares(global_batch, rank, world_size)
+        self.batch_at = global_batch if callable(global_batch) else lambda cursor: global_batch
         self.parts = parts_of(corpus, data.split if split is None else split)
         seq_len = data.seq_len if seq_len is None else seq_len
         streams = [Shards(part.info, part.split, seq_len, data.verify == "hashes") for part in self.parts]
         self.shards = Joined(streams)
         orders = [Order(stream.shard_samples, seed, data.shuffle) for stream in streams]
         self.order = MixedOrder(orders, [part.proportion for part in self.parts])
-        self.data, self.global_batch, self.rank, self.world_size = data, global_batch, rank, world_size
+        self.data, self.rank, self.world_size = data, rank, world_size
         self.document_end, self.device = data.document_end(corpus), device
         self.cursor = 0
         self.fingerprint = self._fingerprint()
         if state is not None:
             _check_fingerprint(state["fingerprint"], self.fingerprint)
             self.cursor = state["cursor"]
+        _check_shares(self.batch_at(self.cursor), rank, world_size)
 
     def _fingerprint(self) -> dict[str, Any]:
         """All that the order of the samples and their targets depend on, as JSON."""
@@ -104,14 +105,15 @@ class Loader:
             _batches(self.shards, steps, self.data.workers, self.document_end, self.device)
         ) as batches:
             for batch in batches:
-                self.cursor += self.global_batch
+                self.cursor += len(batch.sample_ids) * self.world_size
                 yield batch
 
     def _steps(self, cursor: int) -> Iterator[np.ndarray]:
-        share = self.global_batch // self.world_size
         while True:
+            global_batch = self.batch_at(cursor)
+            share = global_batch // self.world_size
             yield self.order.take(cursor + self.rank * share, share)
-            cursor += self.global_batch
+            cursor += global_batch
 
 
 def _batches(

@@ -96,7 +96,9 @@ class Engine:
             fill(model)
         self.world, self.degree = world, degree
         self.zero_stage: int = config["zero_optimization"]["stage"]
+        self.micro_batch: int = config["train_micro_batch_size_per_gpu"]
         self.accumulation: int = config["gradient_accumulation_steps"]
+        """Micro-batches of the last step."""
         self.clip_norm = optimizer.clip_norm
         self.loss_is_scaled: bool = config["fp16"]["enabled"]
         self.before_update: Callable[[], None] = lambda: None
@@ -126,14 +128,16 @@ class Engine:
         vote: Callable[[], Sequence[bool]] = tuple,
         loss_limit: float = math.inf,
     ) -> StepResult:
-        """Forward and backward over this rank's sequences in `accumulation` micro-batches, then one update.
+        """Forward and backward over this rank's sequences, a micro-batch at a time, then one update.
 
-        inputs_BT, targets_BT, documents_BT (see `TransformerModel.forward`) int64, of the same shape on every rank. The
-        gradient is that of the mean cross-entropy over all scored tokens of the global batch plus the mean of the
-        auxiliary losses. `vote` is asked once, after the update, for as many answers on each rank; they travel with the
-        losses. Where the loss of the global batch is above `loss_limit`, the same on all ranks, the update is left out:
-        weights, optimizer states and buffers stay as they are. Every rank must call.
+        inputs_BT, targets_BT, documents_BT (see `TransformerModel.forward`) int64, of the same shape on every rank,
+        with as many micro-batches as the step is to have. The gradient is that of the mean cross-entropy over all
+        scored tokens of the global batch plus the mean of the auxiliary losses. `vote` is asked once, after the update,
+        for as many answers on each rank; they travel with the losses. Where the loss of the global batch is above
+        `loss_limit`, the same on all ranks, the update is left out: weights, optimizer states and buffers stay as they
+        are. Every rank must call.
         """
+        self._accumulate(len(inputs_BT))
         device = self.world.device
         scored = (targets_BT != IGNORE_INDEX).sum().to(device)
         dist.all_reduce(scored)
@@ -167,6 +171,16 @@ class Engine:
         dist.all_reduce(cross_entropy)
         loss = cross_entropy / scored.clamp(min=1)
         return loss.isfinite() & (loss > limit)
+
+    def _accumulate(self, sequences: int) -> None:
+        """Let the next update come behind so many sequences of this rank."""
+        assert sequences % self.micro_batch == 0, f"{sequences} sequences are no micro-batches of {self.micro_batch}"
+        if sequences == self.accumulation * self.micro_batch:
+            return
+        self.accumulation = sequences // self.micro_batch
+        self.deepspeed.set_train_batch_size(sequences * self.world.size)
+        # DeepSpeed updates where its count of all micro-batches divides by those of a step, whatever they were before
+        self.deepspeed.micro_steps = self.deepspeed.global_steps * self.accumulation
 
     def _update(self, learning_rate: float) -> tuple[float, bool]:
         """Clip and update. Returns the gradient norm and whether the update was skipped."""

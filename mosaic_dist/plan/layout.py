@@ -34,6 +34,7 @@ class Layout:
     precision: str
     degree: int
     accumulation: int
+    """Of the full batch."""
     nodes: int
     node_ranks: int
 
@@ -88,6 +89,7 @@ def make_layout(run: Run, config: dict[str, Any], device: Device, nodes: int, no
     precision = _precision(run, config, device)
     degree = choose_degree(run.parallel.expert_parallel, list(_experts(run.model)), ranks, node_ranks)
     accumulation = run.accumulation(ranks)
+    run.check_ramp(ranks)
     filled = run.fill_config(config, precision, ranks)
     return Layout(run, filled, precision, degree, accumulation, nodes, node_ranks)
 

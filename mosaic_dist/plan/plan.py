@@ -11,6 +11,7 @@ from mosaic_dist.plan.duration import Duration, step_duration
 from mosaic_dist.plan.layout import Group, Layout, make_layout, rank_groups
 from mosaic_dist.plan.memory import Memory, rank_memory
 from mosaic_dist.plan.microbatch import Microbatch, Setting, run_microbatch
+from mosaic_dist.plan.ramp import Ramp, plan_ramp
 from mosaic_dist.plan.states import rank_states
 from mosaic_dist.plan.traffic import Flow, step_traffic
 from mosaic_dist.run_spec import Run
@@ -37,6 +38,7 @@ class Plan:
     rank_elements: int
     """Parameters of which a rank holds the weights, or with stage 3 gathers them."""
     budget_tokens: int
+    ramp: Ramp = Ramp()
     node_memory_bytes: float | None = None
     """Of a node's host; None: not known."""
 
@@ -70,7 +72,7 @@ class Plan:
     @property
     def seconds(self) -> float:
         """For the budget of tokens."""
-        return self.budget_tokens / self.tokens_per_second
+        return self.ramp.seconds + (self.budget_tokens - self.ramp.tokens) / self.tokens_per_second
 
     def to_dict(self) -> dict[str, Any]:
         """All figures by name, for programs."""
@@ -120,6 +122,7 @@ class Plan:
             "tokens_per_second": self.tokens_per_second,
             "mfu": self.mfu,
             "budget_tokens": self.budget_tokens,
+            "ramp": self.ramp._asdict(),
             "days": self.seconds / SECONDS_PER_DAY,
             "gpu_hours": self.seconds * layout.ranks / SECONDS_PER_HOUR,
         }
@@ -168,6 +171,7 @@ def finish_plan(
     memories = [rank_memory(layout, groups, rank_states(layout, groups, rank), microbatch) for rank in sorted(ranks)]
     flows = step_traffic(layout, groups, microbatch)
     counts, model_flops = _figures(run.model, run.seq_len)
+    budget_tokens = budget_tokens or run.tokens_after(run.steps)
     return Plan(
         layout=layout,
         device=device,
@@ -179,7 +183,8 @@ def finish_plan(
         total_parameters=counts.total,
         active_parameters=counts.active,
         rank_elements=sum(group.elements for group in groups),
-        budget_tokens=budget_tokens or run.steps * run.batch_tokens,
+        budget_tokens=budget_tokens,
+        ramp=plan_ramp(layout, groups, microbatch, device, budget_tokens),
     )
 
 

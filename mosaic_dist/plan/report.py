@@ -18,13 +18,14 @@ def render_plan(plan: Plan) -> str:
 def _layout(plan: Plan) -> str:
     layout, run = plan.layout, plan.layout.run
     recompute = run.parallel.recompute
+    ramp = "" if run.batch_ramp is None else f"\nramp: {run.batch_ramp.describe(run.batch_tokens)}"
     again = recompute.parts + (f" in every {recompute.every}th block" if recompute.every > 1 else "")
     return (
         f"{run.name}: {plan.total_parameters:,} parameters, {plan.active_parameters:,} active\n"
         f"{layout.ranks} ranks = {layout.nodes} nodes x {layout.node_ranks} {plan.device.name}, expert parallel "
         f"{layout.degree}, ZeRO {layout.stage}, {layout.precision}, recomputed: {again}\n"
         f"batch: {run.batch_tokens:,} tokens = {layout.ranks} ranks x {layout.accumulation} micro-batches of "
-        f"{run.micro_batch} x {run.seq_len:,}"
+        f"{run.micro_batch} x {run.seq_len:,}{ramp}"
     )
 
 
@@ -94,13 +95,20 @@ def _time(plan: Plan) -> str:
     terms = ", ".join(f"{name} {seconds:.3f}" for name, seconds in plan.duration._asdict().items())
     executed = plan.microbatch.flops * plan.layout.accumulation * plan.layout.ranks
     per_token = executed / plan.layout.run.batch_tokens
+    ramp = ""
+    if plan.ramp.steps:
+        ramp = f"; {plan.ramp.tokens:,} of them in {plan.ramp.steps:,} smaller batches, {_days(plan.ramp.seconds)}"
     return (
         f"seconds per step: {plan.duration.total:.3f} = {terms}\n"
         f"FLOPs per token: {plan.model_flops_per_token / 1e9:.2f} G by the model, {per_token / 1e9:.2f} G executed\n"
         f"{plan.tokens_per_second:,.0f} tokens/s, MFU {plan.mfu:.1%} of {plan.rate / 1e12:.0f} TFLOP/s per rank\n"
-        f"{plan.budget_tokens:,} tokens: {plan.seconds / SECONDS_PER_DAY:,.1f} days, "
-        f"{plan.seconds * plan.layout.ranks / SECONDS_PER_HOUR:,.0f} GPU-hours"
+        f"{plan.budget_tokens:,} tokens: {_days(plan.seconds)}, "
+        f"{plan.seconds * plan.layout.ranks / SECONDS_PER_HOUR:,.0f} GPU-hours{ramp}"
     )
+
+
+def _days(seconds: float) -> str:
+    return f"{seconds / SECONDS_PER_DAY:,.1f} days"
 
 
 def _assumptions(plan: Plan) -> str:

@@ -1,7 +1,8 @@
 """How the curves of a run are drawn, and the loss as PNG."""
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,11 +24,15 @@ RUN_INK = Ink("#9ab6d4", "#1f4e79", "#c0504d")
 """Of a run by itself."""
 
 
-def smooth(values: Sequence[float], half_life: float) -> list[float]:
-    """Exponential moving average without the bias of its start; NaN and infinite values are passed over."""
-    keep, total, weight, out = 0.5 ** (1 / max(half_life, 1e-9)), 0.0, 0.0, []
-    for value in values:
+def smooth(values: Sequence[float], half_life: float, spans: Iterable[float] = itertools.repeat(1.0)) -> list[float]:
+    """Exponential moving average without the bias of its start; NaN and infinite values are passed over.
+
+    The half-life is in units of `spans`: what each value is the mean over.
+    """
+    total, weight, out = 0.0, 0.0, []
+    for value, span in zip(values, spans, strict=False):
         if math.isfinite(value):
+            keep = 0.5 ** (span / max(half_life, 1e-9))
             total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
         out.append(total / weight if weight else math.nan)
     return out

@@ -136,7 +136,8 @@ class ProgressBar:
                 self.bar.close()
         elif time.monotonic() - self.last_line >= PLAIN_LINE_SECONDS or trainer.is_ending:
             self.last_line = time.monotonic()
-            left = (self.last_line - self.started) / (step - self.first_step) * (self.until_step - step)
+            first, now, end = map(trainer.run.tokens_after, (self.first_step, step, self.until_step))
+            left = (self.last_line - self.started) / (now - first) * (end - now)
             text = "  ".join(f"{key} {value}" for key, value in words.items())
             print(f"step {step}/{self.until_step}  {text}  eta {left:.0f} s", file=sys.stderr, flush=True)
 

@@ -139,13 +139,14 @@ def begin(run: Run, info: Corpus, engine: Engine, checkpoint: Checkpoint | None,
         run.data,
         info,
         seq_len=run.seq_len,
-        global_batch=run.batch_sequences,
+        global_batch=run.sequences_at,
         rank=engine.world.rank,
         world_size=engine.world.size,
         seed=run.seed,
         state=data_state,
         device=engine.world.device,
     )
+    run.check_ramp(engine.world.size, loader.cursor)  # again: the newest checkpoint may have been passed over
     return Trainer(run, engine, loader, progress, until_step)
 
 
