@@ -35,8 +35,7 @@ class Run(Spec):
     """An experiment.
 
     Each of `steps` updates is over `batch_tokens` tokens, whatever the cluster; every rank takes `micro_batch`
-    sequences at a time and accumulates the rest. With a `batch_ramp` the first updates are over fewer tokens; `steps` and
-    the schedule count updates of any size. `precision` "auto" means bf16 where the GPU has it, fp16 on older
+    sequences at a time and accumulates the rest. `precision` "auto" means bf16 where the GPU has it, fp16 on older
     ones, fp32 on CPU. `nonfinite` says what a NaN or infinite loss does: "stop" the run, or "skip" the step; `spikes`
     what one does that jumps.
     `validate_every_steps` 0 turns validation off; `validation_samples` bounds it (0: all). With `exact_match_samples`
@@ -44,6 +43,9 @@ class Run(Spec):
     With `early_stopping_patience` the run ends when so many validations in a row have not lowered the best loss (0:
     never). `initial_model` is a folder, an exported model of ours or one that transformers saved, whose weights the run
     starts from ("": from `seed`); a run that has a checkpoint goes on from that.
+
+    With a `batch_ramp` the first updates are over fewer tokens, and so is the whole run: `steps` and the schedule count
+    updates of any size.
     """
 
     name: str

@@ -1,9 +1,9 @@
 """Batches for training and validation, with one global cursor as the whole state.
 
 A step with a global batch of G samples takes positions cursor ... cursor + G of the order (`order.py`, `mixture.py`),
-and rank r of W the r-th of W equal parts of them. G may depend on the cursor, as it does while a batch ramp lasts. The order knows neither ranks nor workers, so a run continues with
-the same samples in every step on another number of either, and nothing is dropped where epochs meet. Shards are
-read map-style; see `mds.py` for why not through StreamingDataset.
+and rank r of W the r-th of W equal parts of them. G may depend on the cursor, as it does in a batch ramp. The order
+knows neither ranks nor workers, so a run continues with the same samples in every step on another number of either, and
+nothing is dropped where epochs meet. Shards are read map-style; see `mds.py` for why not through StreamingDataset.
 """
 
 import contextlib
@@ -50,7 +50,8 @@ class Loader:
     ):
         """`split` (of a dataset by itself) and `seq_len` default to those of `data`, the cursor to 0.
 
-        `global_batch` is a number of samples, or tells it of the batch that begins at a cursor. Batches are brought to `device` ahead of their step; without one they stay on the CPU.
+        `global_batch` is a number of samples, or tells it of the batch that begins at a cursor. Batches are brought to
+        `device` ahead of their step; without one they stay on the CPU.
         """
         self.batch_at = global_batch if callable(global_batch) else lambda cursor: global_batch
         self.parts = parts_of(corpus, data.split if split is None else split)

@@ -1,4 +1,4 @@
-"""A batch-size ramp: the global batch as a pure function of the tokens before it, so that nothing of it needs saving."""
+"""Batch-size ramp: the global batch is a pure function of the tokens before it, so that nothing of it needs saving."""
 
 from collections.abc import Iterator, Sequence
 

@@ -38,7 +38,8 @@ class Plan:
     rank_elements: int
     """Parameters of which a rank holds the weights, or with stage 3 gathers them."""
     budget_tokens: int
-    ramp: Ramp = Ramp()
+    ramp: Ramp
+    """What of these goes into smaller batches."""
     node_memory_bytes: float | None = None
     """Of a node's host; None: not known."""
 
