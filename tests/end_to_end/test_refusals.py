@@ -66,6 +66,7 @@ def one_process(folder: Path, data: Path, *more: str) -> list[str]:
         (("--precision", "fp16"), "'fp16' needs a GPU"),
         (("--model.blocks.attention.heads", "5"), "model.blocks[0].attention.heads: 5 heads must divide"),
         (("--data.seq_len", "20"), "batch_tokens: 256 is not a multiple of the sequence length 20"),
+        (("--batch_ramp", "{start_tokens: 32, over_tokens: 512}"), "micro-batches of 2 take at a time; nearest: 64"),
     ],
 )
 def test_in_one_process(dataset, tmp_path, more, says):
