@@ -45,6 +45,9 @@ def test_smoothing_is_the_weighted_mean_of_the_past():
     assert got[0] == 4.0
     assert got[2] == got[1]
     assert got[3] == pytest.approx(expected)
+    spans = [2, 1, 5, 3]  # the same as so many values each
+    repeated = [value for value, span in zip(values, spans, strict=True) for _ in range(span)]
+    assert smooth(values, half_life, spans)[::3] == pytest.approx([4.0, smooth(repeated, half_life)[-1]])
 
 
 def test_the_curve_is_a_png(tmp_path):
