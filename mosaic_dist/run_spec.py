@@ -1,7 +1,5 @@
 """Run: everything that defines an experiment, in one value."""
 
-import itertools
-import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -102,18 +100,8 @@ class Run(Spec):
         if self.schedule.warmup_steps > self.steps:
             raise SpecError("schedule.warmup_steps", f"{self.schedule.warmup_steps} is more than steps ({self.steps})")
         if self.batch_ramp is not None:
-            self._check_ramp(self.batch_ramp)
-
-    def _check_ramp(self, ramp: BatchRamp) -> None:
-        with at("batch_ramp"):
-            ramp.check_sizes(self.batch_tokens, self.seq_len, "the sequence length")
-        last = ramp.batch_at(self.tokens_after(self.steps - 1), self.batch_tokens)
-        if last < self.batch_tokens:
-            raise SpecError(
-                "batch_ramp.over_tokens",
-                f"{ramp.over_tokens} is too much for {self.steps} steps, which take {self.tokens_after(self.steps)} "
-                f"tokens: the last batch has {last} of {self.batch_tokens}; raise steps, or lower it",
-            )
+            with at("batch_ramp"):
+                self.batch_ramp.check_run(self.batch_tokens, self.seq_len, self.steps)
 
     @property
     def seq_len(self) -> int:
@@ -133,26 +121,17 @@ class Run(Spec):
 
     def tokens_after(self, steps: int) -> int:
         """Tokens that so many steps take, from the run's first on."""
-        ramp = () if self.batch_ramp is None else self.batch_ramp.batches(self.batch_tokens)
-        smaller = list(itertools.islice(ramp, steps))
-        return sum(smaller) + (steps - len(smaller)) * self.batch_tokens
+        if self.batch_ramp is None:
+            return steps * self.batch_tokens
+        return self.batch_ramp.tokens_after(steps, self.batch_tokens)
 
     def check_ramp(self, world_size: int, cursor: int = 0) -> None:
         """SpecError where a batch that lies ahead of so many sequences cannot be dealt out evenly to the ranks."""
-        if self.batch_ramp is None:
-            return
-        at_a_time = f"which {world_size} ranks with micro-batches of {self.micro_batch} take at a time"
-        unit = self.micro_batch * world_size * self.seq_len
-        ahead = self.batch_ramp.sizes(cursor * self.seq_len, self.batch_tokens)
-        if cursor == 0:
+        if self.batch_ramp is not None:
+            why = f"which {world_size} ranks with micro-batches of {self.micro_batch} take at a time"
+            unit = self.micro_batch * world_size * self.seq_len
             with at("batch_ramp"):
-                self.batch_ramp.check_sizes(self.batch_tokens, unit, at_a_time)
-        elif any(size % unit for size in ahead):
-            raise SpecError(
-                "batch_ramp",
-                f"the run is at a batch of {ahead[0]} tokens, and not all batches from there on are multiples of "
-                f"{unit} tokens, {at_a_time}; ranks x micro_batch must divide {math.gcd(*ahead) // self.seq_len}",
-            )
+                self.batch_ramp.check_ahead(cursor * self.seq_len, self.batch_tokens, unit, why)
 
     def accumulation(self, world_size: int) -> int:
         """Micro-batches per rank and step. `SpecError` where the batch cannot be dealt out evenly."""

@@ -1,5 +1,7 @@
 """Batch-size ramp: the global batch is a pure function of the tokens before it, so that nothing of it needs saving."""
 
+import itertools
+import math
 from collections.abc import Iterator, Sequence
 
 from mosaic_dist.spec import Positive, Spec, SpecError
@@ -34,6 +36,11 @@ class BatchRamp(Spec):
             yield batch
             position += batch
 
+    def tokens_after(self, steps: int, full: int) -> int:
+        """Tokens of so many batches, from the first one on."""
+        smaller = list(itertools.islice(self.batches(full), steps))
+        return sum(smaller) + (steps - len(smaller)) * full
+
     def sizes(self, position: int, full: int) -> range:
         """Tokens of every batch that there is behind `position` tokens, each size once."""
         return range(self.batch_at(position, full), full + 1, self.increment)
@@ -45,6 +52,29 @@ class BatchRamp(Spec):
             f"the batch grows from {self.start_tokens:,} tokens by {self.increment:,} at a time, and is full behind "
             f"{len(smaller):,} steps, {sum(smaller):,} tokens"
         )
+
+    def check_run(self, full: int, seq_len: int, steps: int) -> None:
+        """SpecError unless the batches are of whole sequences, and the last of a run of so many steps is full."""
+        self.check_sizes(full, seq_len, "the sequence length")
+        last = self.batch_at(self.tokens_after(steps - 1, full), full)
+        if last < full:
+            raise SpecError(
+                "over_tokens",
+                f"{self.over_tokens} is too much for {steps} steps of {self.tokens_after(steps, full)} tokens: the last "
+                f" batch has {last} of {full}; raise steps, or lower it",
+            )
+
+    def check_ahead(self, position: int, full: int, unit: int, why: str) -> None:
+        """SpecError unless all batches behind `position` tokens are multiples of `unit`; see `check_sizes`."""
+        if position == 0:
+            self.check_sizes(full, unit, why)
+        ahead = self.sizes(position, full)
+        if any(size % unit for size in ahead):
+            raise SpecError(
+                "",
+                f"the run is at a batch of {ahead[0]} tokens, and not all batches from there on are multiples of "
+                f"{unit} tokens, {why}; that must divide {math.gcd(*ahead)}",
+            )
 
     def check_sizes(self, full: int, unit: int, why: str) -> None:
         """SpecError unless the batches grow up to `full`, each a multiple of `unit`, which `why` explains.

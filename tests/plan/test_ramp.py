@@ -16,7 +16,7 @@ from tests.plan.cases import HERE
 RANKS, STEPS = 4, 10
 FULL, START = 32 * LENGTH, 8 * LENGTH
 RUN = Run(
-    name="ramp",
+    name="mixed",
     model=MODEL,
     data=Data(seq_len=LENGTH),
     optimizer=OPTIMIZER,

@@ -11,12 +11,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mosaic_dist.checkpoint import save
 from mosaic_dist.data.dataset import DatasetInfo
 from mosaic_dist.data.prepare import prepare
 from mosaic_dist.data.shards import Shards
 from mosaic_dist.data.tokenizer import train_bpe
+from mosaic_dist.run import start
+from mosaic_dist.spec import SpecError
+from tests.checkpoint.samples import SHAPES, cut, random_tensors
 from tests.data.conftest import make_documents
 from tests.launch import check, run_ranks
+from tests.optim.test_batch_ramp import RAMP, run_with
 from tests.parallel.tiny import LENGTH, MICRO, OPTIMIZER
 from tests.train.ramp_ranks import LAYOUTS, MODEL, RESUMED, SAVED_STEP, VOCAB
 
@@ -108,3 +113,20 @@ def test_one_rank_goes_on_with_the_batches_of_two(folder):
     for one, other in zip(got, expected, strict=True):
         assert one[3:] == other[3:]  # learning rate, tokens, samples
         assert one[:3] == pytest.approx(other[:3], rel=1e-4)
+
+
+def test_only_batches_that_lie_ahead_are_asked_of_the_ranks(tmp_path, monkeypatch, capsys):
+    """Eight ranks cannot take the first batches of four sequences; those behind the ramp they can."""
+    run, where = run_with(RAMP), (None, str(tmp_path), None, None, True)
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "8")
+    with pytest.raises(SpecError, match=r"batch_ramp.start_tokens: 64 .* 8 ranks"):
+        start(run, *where)
+    for step, cursor in ((3, 16), (4, 28)):
+        (pieces,) = cut(random_tensors(), 1)
+        save(tmp_path / "checkpoints", step, pieces, SHAPES, {"data": {"cursor": cursor}}, {})
+        if cursor == 16:
+            with pytest.raises(SpecError, match="batch_ramp: the run is at a batch of 192"):
+                start(run, *where)
+    assert start(run, *where) is False
+    assert "ramp: the batch grows from 64 tokens" in capsys.readouterr().out
