@@ -60,8 +60,8 @@ class BatchRamp(Spec):
         if last < full:
             raise SpecError(
                 "over_tokens",
-                f"{self.over_tokens} is too much for {steps} steps of {self.tokens_after(steps, full)} tokens: the last "
-                f" batch has {last} of {full}; raise steps, or lower it",
+                f"{self.over_tokens} is too much for {steps} steps of {self.tokens_after(steps, full)} tokens: the "
+                f"last batch has {last} of {full}; raise steps, or lower it",
             )
 
     def check_ahead(self, position: int, full: int, unit: int, why: str) -> None:
