@@ -95,9 +95,9 @@ def test_heads_with_a_sink_are_as_wide_as_fused_kernels_want(monkeypatch, width,
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noting)
     q, k, v = (torch.randn(2, heads, 5, width) for heads in (4, 2, 2))
     sinks = torch.randn(4)
-    got = attend(q, k, v, visible=None, sinks_N=sinks)
-    torch.testing.assert_close(got, attend(q, k, v, visible=None, sinks_N=sinks, kernel="explicit"))
-    assert widths == [(seen, seen, width)]
+    got = attend(q, k, v, visible=None, sinks_NT=sinks[:, None])
+    torch.testing.assert_close(got, attend(q, k, v, visible=None, sinks_NT=sinks[:, None], kernel="explicit"))
+    assert widths == [(seen, seen, seen)]
 
 
 def test_soft_cap():

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mosaic_dist.model.attention.documents import Cuts, cut_documents
 from mosaic_dist.model.position import Position
 from mosaic_dist.spec import Spec
 
@@ -30,6 +31,7 @@ class Sight:
     index_T: Tensor
     positions_BS: Tensor
     documents_BS: Tensor | None = None
+    _cuts: Cuts | None = dataclasses.field(default=None, init=False, repr=False)
 
     @property
     def positions_BT(self) -> Tensor:
@@ -52,10 +54,12 @@ class Sight:
         same_BTS = self.documents_BS[:, self.index_T, None] == self.documents_BS[:, None, index_S]
         return (seen_TS & same_BTS)[:, None]
 
-    def is_plain(self, index_S: Tensor, window: int | None = None) -> bool:
-        """Whether `visible` is the plain lower triangle, for which kernels need no mask."""
-        T = len(self.index_T)
-        return self.documents_BS is None and len(index_S) == T and (window is None or window >= T)
+    def cuts(self, sequences: int) -> Cuts:
+        """The documents of so many sequences of the tokens at hand; found once, for all layers."""
+        assert self.documents_BT is not None, "there are documents"
+        if self._cuts is None:
+            self._cuts = cut_documents(self.documents_BT.expand(sequences, -1))
+        return self._cuts
 
 
 class AttentionModule(nn.Module):

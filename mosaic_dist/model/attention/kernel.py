@@ -9,47 +9,69 @@ from torch.nn import functional
 
 Kernel = Literal["sdpa", "explicit"]
 ALIGNED_WIDTH = 8
-"""Fused kernels with a mask want heads whose width is a multiple of it (check_head_dim_size_mem_efficient in PyTorch's
-aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, 16-bit tensors); others would be computed written out."""
+"""The memory-efficient kernel, which serves masks, wants heads whose width is a multiple of it (PyTorch's
+check_head_dim_size_mem_efficient in aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, 16-bit tensors); others would
+be computed written out."""
 
 
 def attend(
     q_BNTH: Tensor,
     k_BGSH: Tensor,
-    v_BGSH: Tensor,
+    v_BGSU: Tensor,
     *,
     visible: Tensor | None,
     bias: Tensor | None = None,
-    sinks_N: Tensor | None = None,
+    sinks_NT: Tensor | None = None,
     soft_cap: float | None = None,
     dropout: float = 0.0,
     kernel: Kernel = "sdpa",
 ) -> Tensor:
-    """softmax(q k / sqrt(H) + bias) v over the visible keys -> [B, N, T, width of v].
+    """softmax(q k / sqrt(H) + bias) v over the visible keys -> [B, N, T, U].
 
     Each of the G key-value heads serves N / G query heads in a row. `visible` is bool, broadcastable to [B, N, T, S];
-    None is the lower triangle of as many keys as queries. `bias` is added to the scores. `sinks_N` is one more logit
-    per head that takes part in the softmax and has no value (gpt-oss; Xiao et al., arXiv 2309.17453). `soft_cap` bounds
-    scores by cap * tanh(score / cap) (Gemma 2, arXiv 2408.00118); it needs the explicit form.
+    None is the lower triangle of as many keys as queries. `bias` is added to the scores. `sinks_NT`, [N, T] or [N, 1],
+    is one more logit per query that takes part in the softmax and has no value (gpt-oss; Xiao et al., arXiv
+    2309.17453). `soft_cap` bounds scores by cap * tanh(score / cap) (Gemma 2, arXiv 2408.00118); it needs the explicit
+    form.
     """
     if kernel == "explicit":
-        return _explicit(q_BNTH, k_BGSH, v_BGSH, visible, bias, sinks_N, soft_cap, dropout)
+        return _explicit(q_BNTH, k_BGSH, v_BGSU, visible, bias, sinks_NT, soft_cap, dropout)
     assert soft_cap is None, "a soft cap needs the explicit kernel; specs refuse the pair"
-    scale = 1 / math.sqrt(q_BNTH.shape[-1])
-    if sinks_N is not None:
-        visible = _triangle(q_BNTH) if visible is None else visible
-        q_BNTH, k_BGSH, v_BGSH, visible, bias = _add_sink_key(q_BNTH, k_BGSH, v_BGSH, visible, bias, sinks_N, scale)
+    (T, H), U = q_BNTH.shape[-2:], v_BGSU.shape[-1]
+    scale = 1 / math.sqrt(H)
     mask = None if visible is None and bias is None else _float_mask(q_BNTH, visible, bias)
-    return functional.scaled_dot_product_attention(
+    if sinks_NT is not None:
+        q_BNTH, k_BGSH, v_BGSU = _add_sink_key(q_BNTH, k_BGSH, v_BGSU, sinks_NT / scale)
+        if mask is None:  # the triangle begins at the sink's key: a row before the first query keeps it one
+            q_BNTH = functional.pad(q_BNTH, (0, 0, 1, 0))
+        else:
+            mask = functional.pad(mask, (1, 0), value=float(mask.dtype == torch.bool))
+    width = max(q_BNTH.shape[-1], U)  # the kernels that need no [T, S] at all want one width
+    q_BNTH, k_BGSH, v_BGSU = (
+        x if x.shape[-1] == width else functional.pad(x, (0, width - x.shape[-1])) for x in (q_BNTH, k_BGSH, v_BGSU)
+    )
+    group = q_BNTH.shape[1] // k_BGSH.shape[1]
+    if group > 1 and not takes_groups(q_BNTH, k_BGSH, v_BGSU, mask, dropout):
+        k_BGSH, v_BGSU = (x.repeat_interleave(group, 1) for x in (k_BGSH, v_BGSU))
+    out_BNTU = functional.scaled_dot_product_attention(
         q_BNTH,
         k_BGSH,
-        v_BGSH,
+        v_BGSU,
         attn_mask=mask,
         dropout_p=dropout,
         is_causal=mask is None,
         scale=scale,
         enable_gqa=q_BNTH.shape[1] != k_BGSH.shape[1],
     )
+    return out_BNTU[:, :, out_BNTU.shape[2] - T :, :U]
+
+
+def takes_groups(q_BNTH: Tensor, k_BGSH: Tensor, v_BGSU: Tensor, mask: Tensor | None, dropout: float) -> bool:
+    """Whether a fused kernel shares key-value heads here. Where none does, PyTorch would write all scores out."""
+    if not q_BNTH.is_cuda:
+        return True
+    words = torch.backends.cuda.SDPAParams(q_BNTH, k_BGSH, v_BGSU, mask, dropout, mask is None, True)
+    return torch.backends.cuda.can_use_flash_attention(words)
 
 
 def _triangle(q_BNTH: Tensor) -> Tensor:
@@ -64,47 +86,45 @@ def _float_mask(q_BNTH: Tensor, visible: Tensor | None, bias: Tensor | None) -> 
 
 
 def _add_sink_key(
-    q_BNTH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, visible: Tensor, bias: Tensor | None, sinks_N: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Make the sink an ordinary key: one more dimension, which is 1 in queries and sink / scale in the sink's key.
+    q_BNTH: Tensor, k_BGSH: Tensor, v_BGSU: Tensor, sinks_NT: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Make the sink an ordinary key, the first: one more dimension, which is the sink in queries and 1 in its key only.
 
-    Its value is zero. So the fused kernels compute it, gradient included, without a mask that has a gradient. Zeros
-    after the new dimension fill the heads up to ALIGNED_WIDTH.
+    Its value is zero. So the fused kernels compute it, gradient included, and key-value heads stay shared. Zeros after
+    the new dimension fill the heads up to ALIGNED_WIDTH.
     """
-    B, N, _, H = q_BNTH.shape
-    group, zeros = N // k_BGSH.shape[1], -(H + 1) % ALIGNED_WIDTH
-    k_BNSH, v_BNSH = (x.repeat_interleave(group, 1) for x in (k_BGSH, v_BGSH))
-    q = functional.pad(functional.pad(q_BNTH, (0, 1), value=1.0), (0, zeros))
-    sink_key = functional.pad((sinks_N / scale).to(k_BNSH.dtype)[None, :, None, None], (H, zeros))
-    k = torch.cat([sink_key.expand(B, -1, -1, -1), functional.pad(k_BNSH, (0, 1 + zeros))], 2)
-    v = functional.pad(v_BNSH, (0, 0, 1, 0))
-    bias = None if bias is None else functional.pad(bias, (1, 0))
-    return q, k, v, functional.pad(visible, (1, 0), value=True), bias
+    B, _, T, H = q_BNTH.shape
+    zeros = -(H + 1) % ALIGNED_WIDTH
+    sinks = sinks_NT.to(q_BNTH.dtype)[None, :, :, None].expand(B, -1, T, -1)
+    q = functional.pad(torch.cat([q_BNTH, sinks], -1), (0, zeros))
+    sink_key = functional.pad(k_BGSH.new_ones(1), (H, zeros)).expand(*k_BGSH.shape[:2], 1, -1)
+    k = torch.cat([sink_key, functional.pad(k_BGSH, (0, 1 + zeros))], 2)
+    return q, k, functional.pad(v_BGSU, (0, 0, 1, 0))
 
 
 def _explicit(
     q_BNTH: Tensor,
     k_BGSH: Tensor,
-    v_BGSH: Tensor,
+    v_BGSU: Tensor,
     visible: Tensor | None,
     bias: Tensor | None,
-    sinks_N: Tensor | None,
+    sinks_NT: Tensor | None,
     soft_cap: float | None,
     dropout: float,
 ) -> Tensor:
     """Scores, mask and softmax as in the formula, the softmax in float32."""
     group = q_BNTH.shape[1] // k_BGSH.shape[1]
-    k_BNSH, v_BNSH = (x.repeat_interleave(group, 1) for x in (k_BGSH, v_BGSH))
+    k_BNSH, v_BNSU = (x.repeat_interleave(group, 1) for x in (k_BGSH, v_BGSU))
     scores = (q_BNTH @ k_BNSH.transpose(-2, -1)).float() / math.sqrt(q_BNTH.shape[-1])
     if soft_cap is not None:
         scores = soft_cap * torch.tanh(scores / soft_cap)
     if bias is not None:
         scores = scores + bias.float()
     scores = scores.masked_fill(~(_triangle(q_BNTH) if visible is None else visible), -math.inf)
-    if sinks_N is not None:
-        sink = sinks_N.float()[None, :, None, None].expand(scores.shape[0], -1, scores.shape[2], 1)
+    if sinks_NT is not None:
+        sink = sinks_NT.float()[None, :, :, None].expand(*scores.shape[:2], scores.shape[2], 1)
         weights = torch.cat([sink, scores], -1).softmax(-1)[..., 1:]
     else:
         weights = scores.softmax(-1)
     weights = functional.dropout(weights, dropout, training=dropout > 0)
-    return weights.to(q_BNTH.dtype) @ v_BNSH
+    return weights.to(q_BNTH.dtype) @ v_BNSU

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from mosaic_dist.model.attention.attention import Attention, AttentionModule, RingCache, Sight, mean_visible
-from mosaic_dist.model.attention.kernel import Kernel, attend
+from mosaic_dist.model.attention.blocks import attend_in_sight
+from mosaic_dist.model.attention.kernel import Kernel
 from mosaic_dist.model.linear import Matrix, PlainMatrix
 from mosaic_dist.model.position import DecoupledRoPE, Position
 from mosaic_dist.spec import Fraction, Positive, PositiveFloat, SpecError
@@ -86,12 +87,13 @@ class LatentAttention(AttentionModule):
         k_BSNH, v_BSNU = self.kv_up(latent_BSC).unflatten(-1, (N, -1)).split([self.head_width, self.value_width], -1)
         if R:
             k_BSNH = torch.cat([k_BSNH, rotary_BSR[:, :, None].expand(-1, -1, N, -1)], -1)
-        plain_sight = cache is None and sight.is_plain(index_S, self.spec.window)
-        out_BNTU = attend(
+        out_BNTU = attend_in_sight(
             q_BTNH.transpose(1, 2),
             k_BSNH.transpose(1, 2),
             v_BSNU.transpose(1, 2),
-            visible=None if plain_sight else sight.visible(index_S, self.spec.window),
+            sight,
+            index_S=None if cache is None else index_S,
+            window=self.spec.window,
             bias=self.position.bias(sight.positions_BT, sight.positions_BS[:, index_S]),
             dropout=self.spec.dropout if self.training else 0.0,
             kernel=self.spec.kernel,

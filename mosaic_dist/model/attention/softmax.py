@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from mosaic_dist.model.attention.attention import Attention, AttentionModule, RingCache, Sight, mean_visible
-from mosaic_dist.model.attention.kernel import Kernel, attend
+from mosaic_dist.model.attention.blocks import attend_in_sight
+from mosaic_dist.model.attention.kernel import Kernel
 from mosaic_dist.model.linear import Matrix, PlainMatrix
 from mosaic_dist.model.position import Position
 from mosaic_dist.spec import Fraction, Positive, PositiveFloat, SpecError
@@ -103,13 +104,13 @@ class MultiHeadAttention(AttentionModule):
         index_S = sight.index_T
         if cache is not None:
             index_S, (k_BSGH, v_BSGH) = cache.extend(sight.index_T, k_BSGH, v_BSGH)
-        out_BNTH = attend(
+        out_BNTH = attend_in_sight(
             q_BTNH.transpose(1, 2),
             k_BSGH.transpose(1, 2),
             v_BSGH.transpose(1, 2),
-            visible=None
-            if cache is None and sight.is_plain(index_S, self.spec.window)
-            else sight.visible(index_S, self.spec.window),
+            sight,
+            index_S=None if cache is None else index_S,
+            window=self.spec.window,
             bias=self.position.bias(sight.positions_BT, sight.positions_BS[:, index_S]),
             sinks_N=self.sinks,
             soft_cap=self.spec.soft_cap,
