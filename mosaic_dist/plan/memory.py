@@ -5,6 +5,7 @@ from typing import NamedTuple
 from mosaic_dist.plan.layout import Group, Layout
 from mosaic_dist.plan.microbatch import Microbatch
 from mosaic_dist.plan.states import States
+from mosaic_dist.plan.traffic import gathers
 
 
 class Point(NamedTuple):
@@ -43,16 +44,21 @@ def rank_memory(layout: Layout, groups: tuple[Group, ...], states: States, micro
     """Put states and activations together.
 
     Without ZeRO and in stage 1 gradients grow as the backward pass goes, and are all there from the second micro-batch
-    on. In stages 2 and 3 they pass through the bucket; from its first reduction on there is the rank's share of them,
-    in stage 2 beside that of the micro-batches before.
+    on. In stages 2 and 3 they pass through the bucket, which is reduced when a gradient is made; from the first
+    reduction on there is the rank's share of them, in stage 2 beside that of the micro-batches before. What stage 3
+    gathers together stays as it came until the last of it is used: the head's table, in the forward pass; in the
+    backward pass nothing is gathered that stayed whole.
     """
     of_parts, bucket = _elements_of_parts(groups), layout.zero["reduce_bucket_size"]
     is_later = layout.accumulation > 1
+    is_gathered_again = layout.stage == 3 and gathers(layout, groups, uses=1) > 1
     made, points = 0, []
     for moment in microbatch.moments:
         made += of_parts.get(moment.part, 0) if moment.is_backward else 0
         is_reducing = layout.stage > 1 and (made > bucket or (layout.stage == 3 and moment.is_backward))
-        buffers = states.gathered + (states.reduced if is_reducing else 0)
+        buffers = states.gathered
+        if is_gathered_again if moment.is_backward else moment.part != "head":
+            buffers += states.arriving
         if moment.is_backward or is_later or layout.stage == 3:
             buffers += states.buffers
         gradients = states.gradients
@@ -61,6 +67,8 @@ def rank_memory(layout: Layout, groups: tuple[Group, ...], states: States, micro
         elif layout.stage == 2:
             gradients *= is_later + is_reducing
         points.append(Point(moment.name, gradients, buffers, moment.peak_bytes))
+        if is_reducing and states.reduced + moment.gradient_peak_bytes > moment.peak_bytes:
+            points[-1] = Point(moment.name, gradients, buffers + states.reduced, moment.gradient_peak_bytes)
     points.append(Point("update", states.gradients, states.update + states.buffers, 0))
     return Memory(states, tuple(points))
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mosaic_dist.model import MixtureOfExperts, Recompute, Transformer, apply_recompute
+from mosaic_dist.model.attention import kernel
 from mosaic_dist.model.ffn import ffn
 from mosaic_dist.model.ffn.kernel import run_grouped, run_in_turn
 from mosaic_dist.parallel import place_experts
@@ -41,7 +42,7 @@ class Setting:
     recompute: Recompute
     expert_chunks: int = 1
     documents: bool = False
-    """Whether tokens see their own document only, for which attention gets a mask."""
+    """Whether tokens see their own document only; counted is one document per sequence, which is the most work."""
     attention: AttentionKernels = "flash"
     grouped: bool = True
     """Whether all experts are one product."""
@@ -58,6 +59,8 @@ class Moment(NamedTuple):
     """What earlier phases keep."""
     peak_bytes: int
     """The most at a time, that included."""
+    gradient_peak_bytes: int
+    """The most when the gradient of a parameter is made, that included."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,10 +166,11 @@ def _mark_parts(model: Any, recorder: Recorder) -> None:
     for (name, part), before in zip(parts.items(), ["embedding", *parts], strict=False):
         part.register_forward_pre_hook(functools.partial(entering, name, before))
     for parameter in model.parameters():
-        parameter.register_post_accumulate_grad_hook(_forget_gradient)
+        parameter.register_post_accumulate_grad_hook(functools.partial(_hand_over_gradient, recorder))
 
 
-def _forget_gradient(parameter: Tensor) -> None:
+def _hand_over_gradient(recorder: Recorder, parameter: Tensor) -> None:
+    recorder.note_gradient()
     parameter.grad = None
 
 
@@ -179,7 +183,12 @@ def _kernels(setting: Setting) -> Iterator[None]:
 
     written_out = functional.scaled_dot_product_attention  # which is what the meta device makes of it
     attention = functools.partial(fused_attention, setting.attention, written_out)
+
+    def takes_groups(q_BNTH: Tensor, k_BGSH: Tensor, v_BGSU: Tensor, mask: Tensor | None, dropout: float) -> bool:
+        return setting.attention == "cpu" or (setting.attention == "flash" and mask is None)
+
     with (
+        replaced(kernel, takes_groups=takes_groups),
         replaced(ffn, run_experts=grouped if setting.grouped else run_in_turn),
         replaced(functional, scaled_dot_product_attention=attention),
     ):
@@ -238,7 +247,8 @@ def _put_together(phases: dict[str, Phase], of_blocks: list[int]) -> Microbatch:
     for direction, parts in (("forward", forward), ("backward", forward[::-1])):
         for part, like in parts:
             phase = phases[f"{like} {direction}"]
-            moments.append(Moment(f"{part} {direction}", part, direction == "backward", live, live + phase.peak_bytes))
+            most = live + phase.peak_bytes, live + phase.gradient_peak_bytes
+            moments.append(Moment(f"{part} {direction}", part, direction == "backward", live, *most))
             live += phase.change_bytes
             work += phase.work
             sent += phase.sent

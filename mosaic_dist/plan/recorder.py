@@ -53,6 +53,8 @@ class Phase:
     """The most that was allocated at a time beyond what was at the beginning."""
     change_bytes: int = 0
     """Allocated at the end, less what was at the beginning."""
+    gradient_peak_bytes: int = 0
+    """The most beyond what was at the beginning at a moment when a parameter's gradient is there (`note_gradient`)."""
     work: Counter[Work] = dataclasses.field(default_factory=Counter)
     sent: Counter[Sent] = dataclasses.field(default_factory=Counter)
 
@@ -76,6 +78,11 @@ class Recorder(TorchDispatchMode):
         """End the phase at hand and begin another."""
         self._begin_bytes = self.live_bytes
         self.phases.append(Phase(name))
+
+    def note_gradient(self) -> None:
+        """A parameter's gradient has been made, and is what an engine now takes."""
+        phase = self.phases[-1]
+        phase.gradient_peak_bytes = max(phase.gradient_peak_bytes, self.live_bytes - self._begin_bytes)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]

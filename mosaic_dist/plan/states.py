@@ -35,6 +35,8 @@ class States(NamedTuple):
     """A bucket once more, as it is while it is reduced."""
     gathered: int
     """Stage 3: weights that are whole for the moment."""
+    arriving: int
+    """Stage 3: weights that were gathered together, as they come from the ranks, before they are cut apart."""
     update: int
     """Made for the update itself, when activations are gone."""
     host: int
@@ -96,7 +98,7 @@ def _replicated(layout: Layout, groups: tuple[Group, ...], rank: int) -> States:
     whole = elements * layout.dtype.itemsize
     bucket = min(elements, REPLICATED_BUCKET) * layout.dtype.itemsize
     update = max(bucket, *(_orthogonal(layout, group, max(group.sizes)) for group in groups))
-    return States(whole, whole, _kept(layout, groups), 0, 0, 0, update, 0)
+    return States(whole, whole, _kept(layout, groups), 0, 0, 0, 0, update, 0)
 
 
 def _flat_groups(layout: Layout, groups: tuple[Group, ...], rank: int) -> States:
@@ -110,7 +112,7 @@ def _flat_groups(layout: Layout, groups: tuple[Group, ...], rank: int) -> States
     if layout.stage == 1:
         gradients, update = elements * size, max(update, reduced + kept)
     weights = sum(padded(layout, group) for group in groups) * size
-    return States(weights, gradients, _kept(layout, groups), bucket, reduced, 0, update, 0)
+    return States(weights, gradients, _kept(layout, groups), bucket, reduced, 0, 0, update, 0)
 
 
 def _touched(layout: Layout, group: Group, rank: int) -> Iterator[int]:
@@ -132,10 +134,13 @@ def _partitioned(layout: Layout, groups: tuple[Group, ...], rank: int) -> States
     bucket = zero["reduce_bucket_size"] * size
     reduced = min(zero["reduce_bucket_size"], passing) * size
     gathered = min(passing, max(zero["stage3_max_live_parameters"], _largest_layer(groups))) * size
+    ahead = zero["stage3_prefetch_bucket_size"]  # weights are added until there are so many
+    largest = max(max(group.sizes) for group in groups)
+    arriving = min(passing, max(ahead + largest if ahead else 0, _largest_layer(groups)))
     update = min(pieces, zero["sub_group_size"]) * (4 + (size if size < 4 else 0))
     update += max(_orthogonal(layout, group, min(held(layout, group), zero["sub_group_size"])) for group in groups)
     weights = (pieces + sum(whole)) * size
-    return States(weights, pieces * size, _kept(layout, groups), bucket, 2 * reduced, gathered, update, 0)
+    return States(weights, pieces * size, _kept(layout, groups), bucket, reduced, gathered, arriving * size, update, 0)
 
 
 def is_persistent(layout: Layout, size: int) -> bool:

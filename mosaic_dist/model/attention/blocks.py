@@ -1,7 +1,7 @@
 """Softmax attention of whole sequences in memory linear in their length, whatever a token may see.
 
-Documents become sequences of their own. A window cuts a sequence into blocks, each of which attends to itself and to the
-block before under one mask for all. What is left is the lower triangle, for which fused kernels need no mask.
+Documents become sequences of their own. A window cuts a sequence into blocks, each of which attends to itself and to
+the block before under one mask for all. What is left is the lower triangle, for which fused kernels need no mask.
 """
 
 import torch
@@ -56,7 +56,7 @@ def attend_in_sight(
     )
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.compiler.disable
 def _attend_documents(
     q_BNTH: Tensor,
     k_BGTH: Tensor,
@@ -67,7 +67,7 @@ def _attend_documents(
     dropout: float,
 ) -> Tensor:
     """Every document as a sequence of its own. Shapes change with every batch, so this is not compiled."""
-    B, N, T, _ = q_BNTH.shape
+    B, _, T, _ = q_BNTH.shape
     cuts = sight.cuts(B)
     of_tokens = [x.transpose(1, 2).flatten(0, 1) for x in (q_BNTH, k_BGTH, v_BGTU)]
     outs = []
@@ -90,7 +90,7 @@ def _attend_window(
 ) -> Tensor:
     """Sequences without documents."""
     T = q_BNTH.shape[2]
-    if window is not None and T > 2 * window:
+    if window is not None and 2 * window < T:
         return _attend_blocks(q_BNTH, k_BGTH, v_BGTU, window, sinks_N1, dropout)
     visible = None if window is None or window >= T else _band(T, T, window, q_BNTH.device)
     return attend(q_BNTH, k_BGTH, v_BGTU, visible=visible, sinks_NT=sinks_N1, dropout=dropout)

@@ -85,9 +85,7 @@ def _float_mask(q_BNTH: Tensor, visible: Tensor | None, bias: Tensor | None) -> 
     return visible if bias is None else bias.to(q_BNTH.dtype).masked_fill(~visible, -math.inf)
 
 
-def _add_sink_key(
-    q_BNTH: Tensor, k_BGSH: Tensor, v_BGSU: Tensor, sinks_NT: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _add_sink_key(q_BNTH: Tensor, k_BGSH: Tensor, v_BGSU: Tensor, sinks_NT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Make the sink an ordinary key, the first: one more dimension, which is the sink in queries and 1 in its key only.
 
     Its value is zero. So the fused kernels compute it, gradient included, and key-value heads stay shared. Zeros after
