@@ -37,7 +37,7 @@ def cut_documents(documents_BT: Tensor) -> Cuts:
     begins_BT[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
     starts_R = begins_BT.flatten().cpu().nonzero().flatten()
     lengths_R = torch.diff(starts_R, append=torch.tensor([B * T]))
-    rows_R = (2 ** lengths_R.log2().ceil().long()).clamp(SHORTEST).clamp(max=T)
+    rows_R = (2 ** lengths_R.double().log2().ceil().long()).clamp(SHORTEST).clamp(max=T)
     rows_R, order_R = rows_R.sort(stable=True)
     ends_R = rows_R.cumsum(0)
     shift_R = torch.empty_like(rows_R).scatter(0, order_R, ends_R - rows_R - starts_R[order_R])
