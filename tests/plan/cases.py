@@ -66,10 +66,8 @@ CASES = [
 ]
 PROFILED = [
     *(Measured(Case(RANKS, stage, 2, 2, "fp32")) for stage in range(4)),
-    *(Measured(Case(RANKS, 3, degree, 2, "fp32")) for degree in (1, 4)),
-    Measured(Case(RANKS, 3, 2, 2, "fp32"), reuse_distance=0),
+    Measured(Case(RANKS, 3, 4, 2, "fp32")),
     Measured(Case(RANKS, 3, 2, 2, "fp32"), persistence=300),
-    *(Measured(Case(RANKS, 1, 2, 2, "fp32"), parts) for parts in ("full", "moe")),
 ]
 """Those whose allocations are counted too, which takes seconds each."""
 

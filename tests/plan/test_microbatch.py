@@ -155,6 +155,13 @@ def test_recomputation_adds_a_forward_pass_and_takes_memory():
     assert full.kept_bytes < plain.kept_bytes / 2
 
 
+def test_packed_documents_take_memory_linear_in_the_length():
+    model = dataclasses.replace(MODELS["dense"], context=2048)
+    of_documents = dataclasses.replace(setting("dense", "none"), model=model, documents=True)
+    small, large = (run_microbatch(dataclasses.replace(of_documents, seq_len=T)).peak_bytes for T in (1024, 2048))
+    assert large < 2.1 * small
+
+
 def test_blocks_are_put_together_as_if_all_had_run():
     """A model of three equal blocks, against one whose blocks differ in what does not matter for memory.
 
@@ -181,12 +188,16 @@ def test_a_recorder_sees_storages_come_and_go():
         view = first[2:]
         second = first + 1
         assert recorder.live_bytes == 2 * first.nbytes
+        recorder.note_gradient()
+        third = torch.zeros(5)
+        del third
         recorder.mark("two")
         del first, second
         assert recorder.live_bytes == 40  # of which the view is a part
         del view
         assert recorder.live_bytes == 0
-    assert [(phase.peak_bytes, phase.change_bytes) for phase in recorder.phases] == [(80, 80), (0, -80)]
+    assert [(phase.peak_bytes, phase.change_bytes) for phase in recorder.phases] == [(100, 80), (0, -80)]
+    assert recorder.phases[0].gradient_peak_bytes == 80
 
 
 def test_experts_get_even_numbers_of_rows():
