@@ -36,7 +36,7 @@ class States(NamedTuple):
     gathered: int
     """Stage 3: weights that are whole for the moment."""
     arriving: int
-    """Stage 3: weights that were gathered together, as they come from the ranks, before they are cut apart."""
+    """Stage 3: weights that were prefetched together, as they came from the ranks; cut apart they count as gathered."""
     update: int
     """Made for the update itself, when activations are gone."""
     host: int
@@ -133,14 +133,15 @@ def _partitioned(layout: Layout, groups: tuple[Group, ...], rank: int) -> States
     passing = sum(group.elements for group in groups) - sum(whole)
     bucket = zero["reduce_bucket_size"] * size
     reduced = min(zero["reduce_bucket_size"], passing) * size
-    gathered = min(passing, max(zero["stage3_max_live_parameters"], _largest_layer(groups))) * size
-    ahead = zero["stage3_prefetch_bucket_size"]  # weights are added until there are so many
-    largest = max(max(group.sizes) for group in groups)
-    arriving = min(passing, max(ahead + largest if ahead else 0, _largest_layer(groups)))
+    ahead = zero["stage3_prefetch_bucket_size"]
+    live = zero["stage3_max_live_parameters"] if ahead else zero["stage3_max_reuse_distance"]
+    gathered = min(passing, max(live, _largest_layer(groups))) * size
+    # weights are prefetched until there are so many; those of the module at hand are cut apart at once
+    arriving = min(passing, ahead + max(max(group.sizes) for group in groups)) * size if ahead else 0
     update = min(pieces, zero["sub_group_size"]) * (4 + (size if size < 4 else 0))
     update += max(_orthogonal(layout, group, min(held(layout, group), zero["sub_group_size"])) for group in groups)
     weights = (pieces + sum(whole)) * size
-    return States(weights, pieces * size, _kept(layout, groups), bucket, reduced, gathered, arriving * size, update, 0)
+    return States(weights, pieces * size, _kept(layout, groups), bucket, reduced, gathered, arriving, update, 0)
 
 
 def is_persistent(layout: Layout, size: int) -> bool:

@@ -64,11 +64,7 @@ CASES = [
     Measured(Case(RANKS, 3, 2, 2, "fp32"), persistence=300),
     *(Measured(Case(RANKS, stage, 2, 2, "fp32", "muon")) for stage in range(4)),
 ]
-PROFILED = [
-    *(Measured(Case(RANKS, stage, 2, 2, "fp32")) for stage in range(4)),
-    Measured(Case(RANKS, 3, 4, 2, "fp32")),
-    Measured(Case(RANKS, 3, 2, 2, "fp32"), persistence=300),
-]
+PROFILED = [*(Measured(Case(RANKS, stage, 2, 2, "fp32")) for stage in range(4))]
 """Those whose allocations are counted too, which takes seconds each."""
 
 
