@@ -18,7 +18,7 @@ from mosaic_dist.cli import USAGE_EXIT_CODE, fail, run_command
 from mosaic_dist.data.mixture import Corpus
 from mosaic_dist.data.settings import read_data_word
 from mosaic_dist.errors import UserError
-from mosaic_dist.model import Counts, Transformer, count_parameters
+from mosaic_dist.model import Counts, Transformer, check_compiler, count_parameters
 from mosaic_dist.parallel import (
     World,
     choose_degree,
@@ -176,6 +176,8 @@ def start(
         if rank_from_environment() == 0:
             print(describe(resolved))
         return False
+    if run.parallel.compile_blocks:
+        check_compiler(torch.cuda.is_available())
     signals = StopSignals()
     info = check_data(run)
     initial = open_initial(run, info, checkpoints)

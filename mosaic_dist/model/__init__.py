@@ -2,6 +2,7 @@
 
 from mosaic_dist.model.attention import GQA, MHA, MLA, MQA, Attention, LinearAttention
 from mosaic_dist.model.block import Block, BlockKind
+from mosaic_dist.model.compilation import check_compiler, compile_blocks
 from mosaic_dist.model.count import Counts, count_parameters, flops_per_token
 from mosaic_dist.model.embedding import Embedding, Factored, Table
 from mosaic_dist.model.ffn import FFN, GEGLU, GELU, ClampedSwiGLU, DenseFFN, Experts, SwiGLU
@@ -107,6 +108,8 @@ __all__ = [
     "Untied",
     "YaRN",
     "apply_recompute",
+    "check_compiler",
+    "compile_blocks",
     "count_parameters",
     "flops_per_token",
     "gather",

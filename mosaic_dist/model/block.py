@@ -45,7 +45,17 @@ class BlockModule(nn.Module):
 
     def forward(self, x_BTD: Tensor, sight: Sight, cache: Any = None) -> tuple[Tensor, Extras]:
         """x_BTD -> ([B, T, D], what the feed-forward network tells)."""
-        raise TypeError(f"{type(self).__name__} has no forward")
+        x_BTD, seen_BTD = self.before_ffn(x_BTD, sight, cache)
+        out_BTD, extras = self.ffn(seen_BTD)
+        return self.after_ffn(x_BTD, out_BTD), extras
+
+    def before_ffn(self, x_BTD: Tensor, sight: Sight, cache: Any) -> tuple[Tensor, Tensor]:
+        """x_BTD -> (the residual stream with the attention in it, what the feed-forward network sees)."""
+        raise TypeError(f"{type(self).__name__} has no attention: a kind of block says how")
+
+    def after_ffn(self, x_BTD: Tensor, out_BTD: Tensor) -> Tensor:
+        """The residual stream and what the feed-forward network gives -> [B, T, D]."""
+        raise TypeError(f"{type(self).__name__} does not go on: a kind of block says how")
 
     def new_cache(self, batch: int, capacity: int) -> Any:
         """The attention's."""
@@ -68,8 +78,11 @@ class Block(BlockKind, type="prenorm"):
 class PreNormBlock(BlockModule):
     """See `Block`."""
 
-    def forward(self, x_BTD: Tensor, sight: Sight, cache: Any = None) -> tuple[Tensor, Extras]:
-        """See `BlockModule.forward`."""
+    def before_ffn(self, x_BTD: Tensor, sight: Sight, cache: Any) -> tuple[Tensor, Tensor]:
+        """See `BlockModule.before_ffn`."""
         x_BTD = x_BTD + self.drop(self.attention(self.attention_norm(x_BTD), sight, cache))
-        out_BTD, extras = self.ffn(self.ffn_norm(x_BTD))
-        return x_BTD + self.drop(out_BTD), extras
+        return x_BTD, self.ffn_norm(x_BTD)
+
+    def after_ffn(self, x_BTD: Tensor, out_BTD: Tensor) -> Tensor:
+        """See `BlockModule.after_ffn`."""
+        return x_BTD + self.drop(out_BTD)

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from mosaic_dist.model.attention import Sight
 from mosaic_dist.model.block import BlockKind, BlockModule
-from mosaic_dist.model.ffn import Extras
 from mosaic_dist.model.norm import Norm
 from mosaic_dist.model.position import Position
 from mosaic_dist.model.unit import Scale, unit
@@ -55,9 +54,12 @@ class SphereStep(nn.Module):
 class SphereBlock(BlockModule):
     """See `NormalizedBlock`. Its norms are `SphereStep`s, of hidden state and output of a part."""
 
-    def forward(self, x_BTD: Tensor, sight: Sight, cache: Any = None) -> tuple[Tensor, Extras]:
-        """See `BlockModule.forward`; what comes out has length one."""
+    def before_ffn(self, x_BTD: Tensor, sight: Sight, cache: Any) -> tuple[Tensor, Tensor]:
+        """See `BlockModule.before_ffn`."""
         h_BTD = unit(x_BTD)
         h_BTD = self.attention_norm(h_BTD, self.drop(self.attention(h_BTD, sight, cache)))
-        out_BTD, extras = self.ffn(h_BTD)
-        return self.ffn_norm(h_BTD, self.drop(out_BTD)), extras
+        return h_BTD, h_BTD
+
+    def after_ffn(self, x_BTD: Tensor, out_BTD: Tensor) -> Tensor:
+        """See `BlockModule.after_ffn`; what comes out has length one."""
+        return self.ffn_norm(x_BTD, self.drop(out_BTD))

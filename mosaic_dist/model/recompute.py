@@ -26,16 +26,19 @@ class Recompute(Spec):
     parts: Literal["none", "full", "attention", "ffn", "moe"] = "none"
     every: Positive = 1
 
+    def parts_of(self, i: int) -> str:
+        """Those of block i."""
+        return "none" if i % self.every else self.parts
+
 
 def apply_recompute(model: nn.Module, spec: Recompute) -> None:
     """Make the parts of a `TransformerModel` that `spec` names recompute while it trains. Values do not change."""
     for i, block in enumerate(model.blocks):  # type: ignore[arg-type]
-        if spec.parts == "none" or i % spec.every:
+        parts, has_experts = spec.parts_of(i), hasattr(block.ffn, "router")
+        if parts == "none" or (parts == "moe" and not has_experts):
             continue
-        has_experts = hasattr(block.ffn, "router")
-        part = {"full": block, "attention": block.attention, "ffn": block.ffn, "moe": block.ffn}[spec.parts]
-        if spec.parts != "moe" or has_experts:
-            part.forward = Recomputed(part.forward)
+        part = {"full": block, "attention": block.attention, "ffn": block.ffn, "moe": block.ffn}[parts]
+        part.forward = Recomputed(part.forward)
 
 
 class Recomputed:

@@ -16,9 +16,11 @@ from mosaic_dist.model import (
     MixtureOfExperts,
     Transformer,
     apply_recompute,
+    compile_blocks,
     initialize,
     materialize,
 )
+from mosaic_dist.model.block import BlockModule
 from mosaic_dist.optim import Optimizer
 from mosaic_dist.optim.muon import MuonAdamW
 from mosaic_dist.parallel.cut_matrices import CutMatrices
@@ -83,7 +85,11 @@ class Engine:
         self.mixtures = [layer for layer in model.modules() if isinstance(layer, MixtureOfExperts)]
         for layer in self.mixtures:
             layer.chunks = parallel.expert_chunks
-        if self.mixtures:
+        if parallel.compile_blocks:
+            # what ZeRO-3 does around a module has no place inside of compiled code, so it is to gather whole blocks
+            deepspeed.utils.set_z3_leaf_modules(model, [BlockModule])
+            compile_blocks(model, parallel.recompute, world.device)
+        elif self.mixtures:
             # their layers are used together, so ZeRO-3 is to gather them together; and it takes gradients for complete
             # after the first backward pass of what it gathers, which with chunks must be the whole mixture
             deepspeed.utils.set_z3_leaf_modules(model, [Experts if parallel.expert_chunks == 1 else MixtureOfExperts])
@@ -100,6 +106,7 @@ class Engine:
         self.accumulation: int = config["gradient_accumulation_steps"]
         """Micro-batches of the last step."""
         self.clip_norm = optimizer.clip_norm
+        self.is_compiled = parallel.compile_blocks
         self.loss_is_scaled: bool = config["fp16"]["enabled"]
         self.before_update: Callable[[], None] = lambda: None
         """Called before weights, optimizer states or buffers change."""
@@ -139,7 +146,7 @@ class Engine:
         """
         self._accumulate(len(inputs_BT))
         device = self.world.device
-        scored = (targets_BT != IGNORE_INDEX).sum().to(device)
+        scored = (targets_BT != IGNORE_INDEX).sum().to(device, non_blocking=True)
         dist.all_reduce(scored)
         # DeepSpeed averages over micro-batches and ranks, so the sum over tokens is scaled up by their number
         scale = self.accumulation * self.world.size / scored.clamp(min=1)
@@ -161,8 +168,9 @@ class Engine:
         if rejected:  # the loss scale of fp16 takes our NaN for an overflow
             restore_scale(self.deepspeed.optimizer, scale_before)
         result = self._summarize(parts, scored, grad_norm, skipped, bool(rejected), vote())
-        for layer, load_E in zip(self.mixtures, result.expert_load, strict=True):
-            layer.end_step(None if skipped else load_E[: layer.spec.experts].to(device))
+        load_LE = result.expert_load.to(device, non_blocking=True)  # one copy for all layers, and no wait for it
+        for layer, load_E in zip(self.mixtures, load_LE, strict=True):
+            layer.end_step(None if skipped else load_E[: layer.spec.experts])
         return result
 
     def _exceeds(self, limit: float, parts: list[LossParts], scored: Tensor) -> Tensor:
@@ -237,20 +245,19 @@ class Engine:
         """Add the losses of all micro-batches and ranks up, and count who said yes."""
         sums_of_parts = [torch.stack([part.cross_entropy_sum, part.auxiliary, part.z_loss_sum]) for part in parts]
         losses = torch.stack(sums_of_parts).double().sum(0)
-        sums = torch.cat([losses, torch.tensor(answers, dtype=losses.dtype, device=losses.device)])
+        sums = torch.cat([losses, torch.tensor(answers, dtype=losses.dtype).to(losses.device, non_blocking=True)])
         load = torch.stack([p.expert_load for p in parts]).sum(0)
         router = torch.stack([p.router for p in parts]).mean(0) / self.world.size
         dist.all_reduce(sums)
         if load.numel():
             dist.all_reduce(load)
             dist.all_reduce(router)
-        tokens = int(scored.item())
-        cross_entropy, auxiliary, z_loss, *votes = sums.tolist()
+        tokens, cross_entropy, auxiliary, z_loss, *votes = torch.cat([scored.double()[None], sums]).tolist()
         return StepResult(
             loss=cross_entropy / max(1, tokens),
             auxiliary_loss=auxiliary / (self.accumulation * self.world.size),
             z_loss=z_loss / max(1, tokens),
-            tokens=tokens,
+            tokens=int(tokens),
             grad_norm=grad_norm,
             skipped=skipped,
             rejected=rejected,

@@ -1,6 +1,7 @@
 """`python -m mosaic_dist profile`: some training steps of a recipe under torch's profiler."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from json import dumps
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from torch.profiler import ProfilerActivity, record_function
 from torch.profiler import profile as torch_profile
 
 from mosaic_dist.errors import UserError
+from mosaic_dist.model import check_compiler
 from mosaic_dist.parallel import (
     Engine,
     join_world,
@@ -23,7 +25,9 @@ from mosaic_dist.run import resolve
 from mosaic_dist.run_spec import Run
 from mosaic_dist.spec import Positive, override
 
-TRACE = "trace.json.gz"
+TRACE, MEMORY = "trace.json.gz", "memory.pickle"
+MEMORY_EVENTS = 1_000_000
+"""The newest that are kept, about 100 MB of them."""
 
 
 def profile(
@@ -32,6 +36,7 @@ def profile(
     output: str = "runs/profile",
     steps: Positive = 3,
     warmup: Positive = 2,
+    memory_history: bool = False,
     json: bool = False,
     local_rank: int | None = None,  # the deepspeed launcher's own word
     **overrides: Any,
@@ -45,21 +50,23 @@ def profile(
     --output DIR          folder for the trace of rank 0, for chrome://tracing or ui.perfetto.dev
     --steps N             that are profiled
     --warmup N            steps before
+    --memory_history      write who holds a GPU's memory, too: memory.pickle of rank 0, for pytorch.org/memory_viz
     --json                for programs
     """
     if len(recipe) != 1:
         raise UserError("give one recipe, as `profile recipes/t4_moe.py`")
+    if memory_history and not torch.cuda.is_available():
+        raise UserError("--memory_history is of a GPU's memory, and torch sees no GPU here; leave it out")
     run = override(load_run(str(recipe[0])), overrides)
     resolved = resolve(run, ds_config, size_from_environment(), local_size_from_environment())
-    folder = Path(output)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {folder} cannot be a folder: {error.strerror}") from None
+    if run.parallel.compile_blocks:
+        check_compiler(torch.cuda.is_available())
+    folder = made_folder(output)
     world = join_world(run.parallel.timeout_seconds)
     engine = Engine(
         run.model, run.optimizer, resolved.config, resolved.expert_parallel, run.seed, world, parallel=run.parallel
     )
+    history = folder / MEMORY if memory_history and world.is_main else None
 
     def step() -> None:
         tokens_BT = torch.randint(run.model.vocab, (run.batch_sequences // world.size, run.seq_len + 1))
@@ -67,12 +74,13 @@ def profile(
 
     for _ in range(warmup):
         step()
-    profiler = profile_steps(engine, step, steps)
+    with memory_recorded(history):
+        profiler = profile_steps(engine, step, steps)
     if world.is_main:
         profiler.export_chrome_trace(str(folder / TRACE))
         phases, whole = spent(profiler.events(), world.device.type == "cuda"), step_seconds(profiler.events())
         print(dumps(figures(phases, whole, steps), indent=2) if json else table(run, phases, whole, steps))
-        print(folder / TRACE)
+        print(*filter(None, [folder / TRACE, history]), sep="\n")
     leave_world()
 
 
@@ -88,6 +96,30 @@ def profile_steps(engine: Engine, step: Callable[[], object], steps: int) -> tor
                 if is_cuda:
                     torch.cuda.synchronize()
     return profiler
+
+
+def made_folder(output: str) -> Path:
+    """The folder, which is there now. Raises UserError where it cannot be one."""
+    folder = Path(output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {folder} cannot be a folder: {error.strerror}") from None
+    return folder
+
+
+@contextlib.contextmanager
+def memory_recorded(path: Path | None) -> Iterator[None]:
+    """Record who takes and gives back memory of the GPU, with the stack of each, into a file; None: do not."""
+    if path is None:
+        yield
+        return
+    torch.cuda.memory._record_memory_history(max_entries=MEMORY_EVENTS)
+    try:
+        yield
+        torch.cuda.memory._dump_snapshot(str(path))
+    finally:
+        torch.cuda.memory._record_memory_history(enabled=None)
 
 
 def figures(phases: dict[str, Spent], whole: float, steps: int) -> dict[str, Any]:

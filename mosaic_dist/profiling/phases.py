@@ -62,9 +62,12 @@ def marked(engine: Engine) -> Iterator[Ranges]:
     parts: dict[nn.Module, str] = {model.embedding: "embedding", model.position: "embedding"}
     for module in model.modules():
         if isinstance(module, BlockModule):
-            parts[module] = "norms and residuals"
-            parts[module.attention] = "attention"
-            parts[module.ffn] = "mixture of experts" if isinstance(module.ffn, MixtureOfExperts) else "feed-forward"
+            has_experts = isinstance(module.ffn, MixtureOfExperts)
+            parts[module] = "compiled" if engine.is_compiled else "norms and residuals"
+            if not engine.is_compiled:  # inside of compiled code there are no parts to tell
+                parts[module.attention] = "attention"
+            if has_experts or not engine.is_compiled:
+                parts[module.ffn] = "mixture of experts" if has_experts else "feed-forward"
     for module, phase in parts.items():
         hooks.append(module.register_forward_pre_hook(lambda *_, phase=phase: ranges.enter(phase)))
         hooks.append(module.register_forward_hook(lambda *_: ranges.leave()))

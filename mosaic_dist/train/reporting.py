@@ -99,6 +99,19 @@ class Speed:
         return tokens * self.flops_per_token / seconds / self.peak
 
 
+class FirstStep:
+    """Tells how long the first step of this start took, in which blocks were compiled."""
+
+    def __init__(self) -> None:
+        self.is_told = False
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        """Tell, once."""
+        if not self.is_told:
+            self.is_told = True
+            tqdm.write(f"blocks are compiled: the first step took {trainer.step_seconds:.0f} s", file=sys.stderr)
+
+
 class ProgressBar:
     """A bar with the step's figures, the last exact match and ETA; plain lines where stderr is no terminal."""
 

@@ -17,7 +17,7 @@ from mosaic_dist.train.folder import RunFolder
 from mosaic_dist.train.initial import InitialWeights, fill, verify_together
 from mosaic_dist.train.interruption import Deadline, StopSignals
 from mosaic_dist.train.peak import peak_flops_per_second
-from mosaic_dist.train.reporting import Metrics, Plots, ProgressBar, Speed
+from mosaic_dist.train.reporting import FirstStep, Metrics, Plots, ProgressBar, Speed
 from mosaic_dist.train.resuming import load_run, newest_good
 from mosaic_dist.train.saving import Saver
 from mosaic_dist.train.spikes import SpikeGuard
@@ -93,7 +93,8 @@ def how_it_begins(trainer: Trainer, counts: Counts, folder: RunFolder) -> str:
         f"{trainer.run.steps} in {folder.path}"
     )
     if not trainer.is_ending:
-        return told
+        compiles = trainer.run.parallel.compile_blocks
+        return told + ("\ncompiling blocks in the first step: it may take minutes" if compiles else "")
     why = "was stopped early, by its validation loss" if progress.stopped_early else "is already there"
     return f"{told}\nnothing to do: the run {why}"
 
@@ -175,6 +176,8 @@ def make_hooks(
     questions = first(run.exact_match_samples) if run.exact_match_samples else []
     hooks: list[Hook] = [NonfiniteGuard(run.nonfinite), Validation(held_out, questions)]
     if world.is_main:
+        if run.parallel.compile_blocks:
+            hooks.append(FirstStep())
         reports = (Metrics(folder, step, trackers, speed), ProgressBar(run, step, trainer.until_step, speed))
         hooks += reports
     trainer.has_gone_back = SpikeGuard(folder, saver, trainer, reports if world.is_main else ()).after_spike

@@ -126,7 +126,9 @@ class MixtureOfExperts(nn.Module):
         out_SD = self._routed(x_SD, routing, kept_SK, meanwhile)
         if shared:
             out_SD = out_SD + shared[0]
-        return out_SD.view_as(x_BTD), self._told(routing, kept_SK, x_BTD.shape[:-1])
+        load_E = count(routing.experts_SK.flatten(), self.spec.experts)
+        counts_E = self._counted(load_E) if self.spec.balance_over == "global_batch" and self.training else load_E
+        return out_SD.view_as(x_BTD), self.measure(routing, load_E, counts_E, kept_SK, x_BTD.shape[:-1])
 
     def _jittered(self, x_SD: Tensor) -> Tensor:
         """What the router sees: in training, inputs times noise in 1 +- jitter (arXiv 2101.03961, section 2.4)."""
@@ -163,19 +165,21 @@ class MixtureOfExperts(nn.Module):
         parts = zip(*(_cut(value, self.chunks) for value in whole), strict=True)
         return torch.cat([recomputed(pass_experts, *part) for part in parts])
 
-    def _told(self, routing: Routing, kept_SK: Tensor | None, shape: torch.Size) -> Extras:
-        """Losses and measurements of the routing; `shape` is that of the tokens, [B, T]."""
+    def measure(
+        self, routing: Routing, load_E: Tensor, counts_E: Tensor, kept_SK: Tensor | None, shape: torch.Size
+    ) -> Extras:
+        """Losses and measurements of the routing; `shape` is that of the tokens, [B, T].
+
+        `load_E` counts the choices, and `counts_E` those that the balance loss is to see, unless it sees sequences.
+        """
         spec, (logits_SE, probs_SE, _, experts_SK) = self.spec, routing
-        load_E = count(experts_SK.flatten(), spec.experts)
         if spec.balance_over == "sequence":
             balance = sequence_balance_loss(
                 probs_SE.unflatten(0, shape).reshape(-1, shape[-1], spec.experts),
                 experts_SK.unflatten(0, shape).reshape(-1, shape[-1], spec.top_k),
             )
-        elif spec.balance_over == "global_batch" and self.training:
-            balance = balance_loss(probs_SE, remembered(lambda: self._counted(load_E)))
         else:
-            balance = balance_loss(probs_SE, load_E)
+            balance = balance_loss(probs_SE, counts_E)
         z = z_loss(logits_SE)
         extras = {
             "expert_load": load_E,
@@ -188,9 +192,13 @@ class MixtureOfExperts(nn.Module):
         return extras | {name: weight * loss for name, (weight, loss) in weighted.items() if weight}
 
     def _counted(self, load_E: Tensor) -> Tensor:
-        """Add a micro-batch to the counts of the step, those of all processes; a copy of the sum."""
-        self.step_counts_E = self.step_counts_E + self.exchange.total_counts(load_E)
-        return self.step_counts_E
+        """Add a micro-batch to the counts of the step, those of all processes, once; a copy of the sum."""
+
+        def add() -> Tensor:
+            self.step_counts_E = self.step_counts_E + self.exchange.total_counts(load_E)
+            return self.step_counts_E
+
+        return remembered(add)
 
     def end_step(self, counts_E: Tensor | None) -> None:
         """Called after a step with the choices per expert of all processes, [E]; None if the update was left out."""

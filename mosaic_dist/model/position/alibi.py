@@ -28,9 +28,16 @@ class ALiBiBias(HeadPosition):
 
     def __init__(self, slopes_N: list[float]):
         self.slopes_N = slopes_N
+        self._on: dict[torch.device, Tensor] = {}
+
+    def prepare(self, device: torch.device) -> None:
+        """Keep the slopes there."""
+        self._on[device] = torch.tensor(self.slopes_N, device=device)
 
     def bias(self, queries_BT: Tensor, keys_BS: Tensor) -> Tensor:
         """-slope * (query position - key position)."""
-        slopes_N = torch.tensor(self.slopes_N, device=queries_BT.device)
+        if queries_BT.device not in self._on:
+            self.prepare(queries_BT.device)
+        slopes_N = self._on[queries_BT.device]
         distance_BTS = (queries_BT[:, :, None] - keys_BS[:, None, :]).float()
         return -slopes_N[None, :, None, None] * distance_BTS[:, None]

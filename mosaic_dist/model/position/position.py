@@ -1,5 +1,6 @@
 """What every kind of position offers: to the embeddings, to queries and keys, or to the scores."""
 
+import torch
 from torch import Tensor, nn
 
 from mosaic_dist.spec import Spec
@@ -7,6 +8,9 @@ from mosaic_dist.spec import Spec
 
 class HeadPosition:
     """What a kind of position does inside attention: nothing, unless it says otherwise. Has no parameters."""
+
+    def prepare(self, device: torch.device) -> None:
+        """Make what is kept per device, before the first call; else that makes it."""
 
     def rotate(self, x_BTNH: Tensor, positions_BT: Tensor) -> Tensor:
         """Queries or keys with positions in them."""

@@ -127,10 +127,14 @@ class Rotation(HeadPosition):
         self.magnitude = 1.0 if scaling is None else scaling.magnitude()
         self._on: dict[torch.device, Tensor] = {}
 
+    def prepare(self, device: torch.device) -> None:
+        """Keep the frequencies there."""
+        self._on[device] = torch.tensor(self.frequencies, dtype=torch.float32, device=device)
+
     def rotate(self, x_BTNH: Tensor, positions_BT: Tensor) -> Tensor:
         """Turn each pair of dimensions by position * frequency."""
         if x_BTNH.device not in self._on:
-            self._on[x_BTNH.device] = torch.tensor(self.frequencies, dtype=torch.float32, device=x_BTNH.device)
+            self.prepare(x_BTNH.device)
         angles = positions_BT[:, :, None, None].float() * self._on[x_BTNH.device]
         cos, sin = angles.cos() * self.magnitude, angles.sin() * self.magnitude
         first, second = x_BTNH.float().chunk(2, -1)
