@@ -74,6 +74,13 @@ def test_in_one_process(dataset, tmp_path, more, says):
     refused(one_process(folder, dataset, *more), says, folder)
 
 
+def test_blocks_that_nothing_could_compile(dataset, tmp_path, monkeypatch):
+    for variable in ("CC", "CXX"):
+        monkeypatch.setenv(variable, "no-such-compiler")
+    words = deepspeed(tmp_path / "run", dataset, "--parallel.compile_blocks", "true")
+    refused(words, "compile_blocks needs a C", tmp_path / "run")
+
+
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
     """An exported model that the small recipe could start from, in several files."""

@@ -180,13 +180,26 @@ def test_parts_run_again_around_what_is_compiled(parts):
     assert not counters["graph_break"]
 
 
-def test_more_kinds_than_torch_allows_by_itself():
+def test_more_kinds_than_torch_allows_by_itself(monkeypatch):
     """Its limit counts all blocks together."""
-    limit = torch._dynamo.config.recompile_limit
-    blocks = [Block(attention=MHA(heads=2, window=window + 1), ffn=GELU(width=8)) for window in range(limit)]
-    compiled = make(model_of(*blocks), "eager")
-    train(compiled, range(1))
-    assert counters["stats"]["unique_graphs"] == 2 * limit
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    blocks = [Block(attention=MHA(heads=2, window=window), ffn=GELU(width=8)) for window in (1, 2, 3)]
+    train(make(model_of(*blocks), "eager"), range(1))
+    assert counters["stats"]["unique_graphs"] == 2 * len(blocks)
+
+
+def test_nothing_holds_the_weights_that_zero_3_frees():
+    """What a forward pass keeps for the backward pass are parameters themselves, not views of their storage."""
+    model = make(model_of(EQUAL), "aot_eager_decomp_partition")  # which keeps what inductor would keep
+    storages = {parameter.untyped_storage().data_ptr() for parameter in model.blocks.parameters()}
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: (kept.append(tensor), tensor)[1], lambda tensor: tensor
+    ):
+        model(*batch(0)[:2])
+    of_weights = [tensor for tensor in kept if tensor.untyped_storage().data_ptr() in storages]
+    assert len(of_weights) == len(list(model.blocks.parameters()))
+    assert all(isinstance(tensor, nn.Parameter) for tensor in of_weights)
 
 
 def test_real_code_gives_the_numbers():

@@ -167,7 +167,7 @@ def test_chunks_begin_where_logits_are_many():
 
 @pytest.mark.skipif(
     torch.__version__ < torch.torch_version.TorchVersion("2.12"),
-    reason="torch 2.11 compiles it to a wrong gradient of the weight; nothing in the package is compiled",
+    reason="torch 2.11 compiles it to a wrong gradient of the weight; the package does not compile it",
 )
 def test_it_compiles_in_one_piece():
     module, (x_BTD, targets_BT) = make("linear"), batch()

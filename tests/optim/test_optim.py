@@ -92,6 +92,7 @@ def test_adamw_makes_the_textbook_update():
     weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
     spec = AdamW(learning_rate=0.1, weight_decay=0.5, beta1=0.9, beta2=0.99, eps=1e-8)
     optimizer = spec.build([{"name": "decay", "params": [weight], "weight_decay": 0.5}])
+    assert optimizer.defaults["fused"]  # one kernel per group of parameters, on every device
     expected, m, v = weight.detach().double().clone(), torch.zeros(2).double(), torch.zeros(2).double()
     for t in range(1, 4):
         gradient = torch.tensor([0.3, -1.0]) * t

@@ -4,6 +4,7 @@ import gzip
 import json
 
 import pytest
+import torch
 
 from mosaic_dist.errors import UserError
 from mosaic_dist.profiling.command import profile
@@ -51,6 +52,16 @@ def test_words_that_do_not_fit(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(UserError, match="give one recipe"):
         profile()
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="--memory_history is of a GPU's memory, and torch sees no GPU here"):
+            profile("recipes/t4_moe.py", memory_history=True, output=str(tmp_path / "none"))
+        assert not (tmp_path / "none").exists()
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be a folder: File exists"):
         profile("recipes/t4_moe.py", output=str(tmp_path / "file"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_history_of_a_gpus_memory(tmp_path):
+    profiled(tmp_path, "--memory_history")
+    assert (tmp_path / "memory.pickle").stat().st_size > 10_000

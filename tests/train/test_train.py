@@ -11,6 +11,7 @@ from mosaic_dist.run_spec import Run, differences
 from mosaic_dist.spec import SpecError, override
 from mosaic_dist.train.metrics import MetricsFile, read_metrics
 from mosaic_dist.train.plot import plot_loss, smooth
+from mosaic_dist.train.reporting import FirstStep
 from mosaic_dist.train.trainer import MAX_SKIPS_IN_A_ROW, HeldOutStream, NonfiniteGuard, Progress, Trainer, Validation
 from recipes.t4_moe import run
 
@@ -181,3 +182,10 @@ def test_batches_are_dealt_out_evenly_or_refused():
     assert run.accumulation(2) * 2 * run.micro_batch * run.seq_len == run.batch_tokens
     with pytest.raises(SpecError, match="3 ranks take micro-batches of 8"):
         run.accumulation(3)
+
+
+def test_the_first_step_tells_what_it_took(capsys):
+    hook, trainer = FirstStep(), SimpleNamespace(step_seconds=41.6)
+    for _ in range(2):
+        hook.after_step(trainer, None)
+    assert capsys.readouterr().err == "blocks are compiled: the first step took 42 s\n"
