@@ -74,7 +74,7 @@ def stepper(spec: Transformer, dtype: torch.dtype, device: torch.device, batch: 
 
     def step() -> float:
         parts = model(tokens_BT[:, :-1], tokens_BT[:, 1:])
-        (parts.cross_entropy_sum / parts.loss_sum.detach() + parts.auxiliary).backward()
+        (parts.cross_entropy_sum / (batch * spec.context) + parts.auxiliary).backward()
         for parameter in model.parameters():
             parameter.grad = None
         return parts.cross_entropy_sum.item()  # a GPU has done its forward pass then; the next step waits for the rest

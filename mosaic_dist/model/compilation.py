@@ -36,12 +36,13 @@ def compile_blocks(
     To be called before `apply_recompute` with the same `recompute`: parts that run again do so from the outside.
     """
     blocks: Any = model.blocks
+    place = torch.empty(0, device=device).device  # with its index, as tensors have it
     # the limit is one of all blocks together, for they share their code, and each may be of a kind of its own
     limit = max(torch._dynamo.config.recompile_limit, VERSIONS * len(blocks))
     torch._dynamo.config.recompile_limit = limit
     torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, limit)
     for i, block in enumerate(blocks):
-        block.attention.position.prepare(torch.device(device))  # a first call unlike all others would be compiled apart
+        block.attention.position.prepare(place)  # a first call unlike all others would be compiled apart
         for owner, name in pieces(block, recompute.parts_of(i)):
             compiled = torch.compile(getattr(owner, name), fullgraph=True, dynamic=False, backend=backend)
             setattr(owner, name, compiled)  # of the instance, where it hides the class's and leaves all names alone
