@@ -48,6 +48,7 @@ def exchanged(world: World, stage: int, folder: Path) -> dict[str, Any]:
     plain = make()
     first = step(world, plain, 0)
     saved = save_engine(folder / "plain", 1, plain, {})
+    torch._dynamo.reset()  # else a stage would take over what the last one compiled
     counters.clear()
     compiled = make(Parallel(compile_blocks=True))
     first_compiled = step(world, compiled, 0)
