@@ -183,9 +183,9 @@ def test_parts_run_again_around_what_is_compiled(parts):
     assert not counters["graph_break"]
 
 
-def test_more_kinds_than_torch_allows_by_itself(monkeypatch):
+@torch._dynamo.config.patch(recompile_limit=1)
+def test_more_kinds_than_torch_allows_by_itself():
     """Its limit counts all blocks together."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     blocks = [Block(attention=MHA(heads=2, window=window), ffn=GELU(width=8)) for window in (1, 2, 3)]
     train(make(model_of(*blocks), "eager"), range(1))
     assert counters["stats"]["unique_graphs"] == 2 * len(blocks)
