@@ -1,8 +1,9 @@
 """Blocks compiled by torch: each block in one piece, or where it has experts all of it but the way to them and back.
 
-A piece is compiled whole or not at all (`fullgraph`), so nothing falls back to slow code in silence. What follows the
-data stays outside: which expert a token goes to, how many rows each gets, and where these travel. So shapes are those
-of the micro-batch, and nothing is compiled again while they stay. Equal blocks share what was compiled for the first.
+A piece is compiled whole or not at all (`fullgraph`), so nothing falls back to slow code in silence; but a piece that
+holds attention leaves out that to the documents of long packed sequences (`_attend_documents`). What follows the data
+stays outside: which expert a token goes to, how many rows each gets, and where these travel. So shapes are those of the
+micro-batch, and nothing is compiled again while they stay. Equal blocks share what was compiled for the first.
 """
 
 import os
@@ -44,7 +45,8 @@ def compile_blocks(
     for i, block in enumerate(blocks):
         block.attention.position.prepare(place)  # a first call unlike all others would be compiled apart
         for owner, name in pieces(block, recompute.parts_of(i)):
-            compiled = torch.compile(getattr(owner, name), fullgraph=True, dynamic=False, backend=backend)
+            is_whole = owner is not block.attention and (owner, name) not in ((block, "forward"), (block, "before_ffn"))
+            compiled = torch.compile(getattr(owner, name), fullgraph=is_whole, dynamic=False, backend=backend)
             setattr(owner, name, compiled)  # of the instance, where it hides the class's and leaves all names alone
 
 

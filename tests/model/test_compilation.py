@@ -32,6 +32,7 @@ from mosaic_dist.model import (
     check_compiler,
     compile_blocks,
 )
+from mosaic_dist.model.attention import blocks
 
 B, T, D = 2, 12, 16
 GATED = SwiGLU(width=24)
@@ -159,6 +160,30 @@ def test_nothing_is_compiled_again():
     assert not counters["graph_break"]
 
 
+def test_long_documents_stay_outside(monkeypatch):
+    """Attention to them is the only thing left out, and each batch may have others."""
+    monkeypatch.setattr(blocks, "MASKED_TOKENS", T - 1)
+    spec = model_of(EQUAL, Block(attention=MHA(heads=2, window=3, sinks=True), ffn=GATED))
+    compiled, expected = make(spec, "aot_eager"), make(spec, None)
+    for model in (compiled, expected):
+        model.eval()  # dropout draws other numbers in compiled code
+    with torch.no_grad():
+        compiled(*batch(0))
+    compiled_graphs = counters["stats"]["unique_graphs"]
+    assert compiled_graphs >= 2
+    assert {reason for reason in counters["graph_break"] if "_attend_documents" not in reason} == set()
+    for step in range(1, 4):
+        with torch.no_grad():
+            told = [model(*batch(step)).cross_entropy_sum for model in (compiled, expected)]
+        torch.testing.assert_close(*told)
+    assert counters["stats"]["unique_graphs"] == compiled_graphs
+    gradients = []
+    for model in (compiled, expected):
+        model(*batch(1)).cross_entropy_sum.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    torch.testing.assert_close(*gradients)
+
+
 def test_the_way_to_the_experts_stays_outside():
     """All else of a mixture's block is compiled: attention, weights of the choices, measures, shared experts."""
     compiled, expected = make(SPARSE_MODEL, "aot_eager"), make(SPARSE_MODEL, None)
@@ -186,9 +211,9 @@ def test_parts_run_again_around_what_is_compiled(parts):
 @torch._dynamo.config.patch(recompile_limit=1)
 def test_more_kinds_than_torch_allows_by_itself():
     """Its limit counts all blocks together."""
-    blocks = [Block(attention=MHA(heads=2, window=window), ffn=GELU(width=8)) for window in (1, 2, 3)]
-    train(make(model_of(*blocks), "eager"), range(1))
-    assert counters["stats"]["unique_graphs"] == 2 * len(blocks)
+    kinds = [Block(attention=MHA(heads=2, window=window), ffn=GELU(width=8)) for window in (1, 2, 3)]
+    train(make(model_of(*kinds), "eager"), range(1))
+    assert counters["stats"]["unique_graphs"] == 2 * len(kinds)
 
 
 def test_nothing_holds_the_weights_that_zero_3_frees():
