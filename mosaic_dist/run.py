@@ -21,6 +21,7 @@ from mosaic_dist.errors import UserError
 from mosaic_dist.model import Counts, Transformer, check_compiler, count_parameters
 from mosaic_dist.parallel import (
     World,
+    check_sequence_parallel,
     choose_degree,
     expert_counts,
     is_first_to_fail,
@@ -63,6 +64,7 @@ def resolve(run: Run, ds_config: str | None, world_size: int, local_size: int) -
     raw = read_config(ds_config)
     precision = resolve_precision(run.precision, raw)
     degree = choose_degree(run.parallel.expert_parallel, experts, world_size, local_size)
+    check_sequence_parallel(run.model, run.parallel.sequence_parallel, run.seq_len, world_size, local_size)
     accumulation = run.accumulation(world_size)
     config = run.fill_config(raw, precision, world_size)
     return Resolved(run, counts, precision, degree, world_size, accumulation, config)
@@ -114,7 +116,7 @@ def describe(resolved: Resolved) -> str:
         f"layout: {resolved.world_size} ranks, expert parallel {resolved.expert_parallel}, ZeRO {stage}, "
         f"{resolved.precision}\n"
         f"batch: {run.batch_tokens:,} tokens = {run.batch_sequences} sequences of {run.seq_len} = "
-        f"{resolved.world_size} ranks x {resolved.accumulation} micro-batches of {run.micro_batch}\n{ramp}"
+        f"{run.dealt(resolved.world_size)} x {resolved.accumulation} micro-batches of {run.micro_batch}\n{ramp}"
         f"steps: {run.steps:,} = {run.tokens_after(run.steps):,} tokens"
     )
 

@@ -128,22 +128,27 @@ class Run(Spec):
     def check_ramp(self, world_size: int, cursor: int = 0) -> None:
         """SpecError where a batch that lies ahead of so many sequences cannot be dealt out evenly to the ranks."""
         if self.batch_ramp is not None:
-            why = f"which {world_size} ranks with micro-batches of {self.micro_batch} take at a time"
-            unit = self.micro_batch * world_size * self.seq_len
+            why = f"which {self.dealt(world_size)} with micro-batches of {self.micro_batch} take at a time"
+            unit = self.micro_batch * (world_size // self.parallel.sequence_parallel) * self.seq_len
             with at("batch_ramp"):
                 self.batch_ramp.check_ahead(cursor * self.seq_len, self.batch_tokens, unit, why)
 
     def accumulation(self, world_size: int) -> int:
         """Micro-batches per rank and step. `SpecError` where the batch cannot be dealt out evenly."""
-        per_round = self.micro_batch * world_size
+        per_round = self.micro_batch * (world_size // self.parallel.sequence_parallel)
         if self.batch_sequences % per_round:
             raise SpecError(
                 "batch_tokens",
-                f"{self.batch_tokens} tokens are {self.batch_sequences} sequences of {self.seq_len}; {world_size} "
-                f"ranks take micro-batches of {self.micro_batch}, that is {per_round} sequences at a time, which "
-                "does not divide them; change batch_tokens, micro_batch or the number of ranks",
+                f"{self.batch_tokens} tokens are {self.batch_sequences} sequences of {self.seq_len}; "
+                f"{self.dealt(world_size)} take micro-batches of {self.micro_batch}, that is {per_round} sequences at "
+                "a time, which does not divide them; change batch_tokens, micro_batch or the number of ranks",
             )
         return self.batch_sequences // per_round
+
+    def dealt(self, world_size: int) -> str:
+        """Whom the sequences of a batch are dealt out to, for people."""
+        shared = self.parallel.sequence_parallel
+        return f"{world_size} ranks" if shared == 1 else f"{world_size // shared} groups of {shared} ranks"
 
     def fill_config(
         self, config: dict[str, Any], precision: Literal["fp32", "bf16", "fp16"], world_size: int

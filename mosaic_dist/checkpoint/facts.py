@@ -10,7 +10,7 @@ from mosaic_dist.checkpoint.rank_file import DTYPES
 from mosaic_dist.checkpoint.reader import Checkpoint
 
 LARGEST_TOLD = 5
-LAYOUT = ("ranks", "expert_parallel", "zero_stage", "precision", "accumulation", "micro_batch")
+LAYOUT = ("ranks", "expert_parallel", "sequence_parallel", "zero_stage", "precision", "accumulation", "micro_batch")
 UNKNOWN = "unknown"
 """Of the layout, in a checkpoint that does not tell it: an older one, or one that no engine saved."""
 

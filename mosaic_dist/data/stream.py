@@ -28,7 +28,7 @@ from mosaic_dist.errors import UserError
 class Loader:
     """Training batches of one rank, for ever. Iterating starts at the cursor.
 
-    `rank` and `world_size` count the ranks that read different data: all of them, in every layout that there is.
+    `rank` and `world_size` count the ranks that read different data: ranks that share sequences count as one.
     `state()` is plain JSON and counts only samples whose batch was handed out; `Loader(..., state=...)` goes on there.
     `global_batch` and `world_size` may have changed in between; a changed dataset, seed, order or sequence length
     raises UserError, because samples would be repeated or lost in silence.

@@ -1,6 +1,16 @@
 """The model, on one device. Specs say what it is made of; nothing here knows of processes or clusters."""
 
-from mosaic_dist.model.attention import GQA, MHA, MLA, MQA, Attention, LinearAttention
+from mosaic_dist.model.attention import (
+    GQA,
+    MHA,
+    MLA,
+    MQA,
+    Attention,
+    AttentionModule,
+    LinearAttention,
+    Score,
+    Sight,
+)
 from mosaic_dist.model.block import Block, BlockKind
 from mosaic_dist.model.compilation import check_compiler, compile_blocks
 from mosaic_dist.model.count import Counts, count_parameters, flops_per_token
@@ -39,7 +49,7 @@ from mosaic_dist.model.position import (
 from mosaic_dist.model.recompute import Recompute, apply_recompute
 from mosaic_dist.model.rows import Rows, gather, spread
 from mosaic_dist.model.ternary import TernaryMatrix, pack_ternary, ternary, unpack_ternary
-from mosaic_dist.model.transformer import LossParts, Transformer, TransformerModel
+from mosaic_dist.model.transformer import LossParts, Transformer, TransformerModel, make_sight
 from mosaic_dist.model.unit import UnitMatrix
 from mosaic_dist.model.width import Factors, MuP
 
@@ -53,6 +63,7 @@ __all__ = [
     "MQA",
     "ALiBi",
     "Attention",
+    "AttentionModule",
     "Block",
     "BlockKind",
     "ClampedSwiGLU",
@@ -92,6 +103,8 @@ __all__ = [
     "RoPE",
     "Router",
     "Rows",
+    "Score",
+    "Sight",
     "SigmoidTopK",
     "Sinusoidal",
     "SoftmaxTopK",
@@ -114,6 +127,7 @@ __all__ = [
     "flops_per_token",
     "gather",
     "initialize",
+    "make_sight",
     "materialize",
     "pack_ternary",
     "spread",

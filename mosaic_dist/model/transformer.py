@@ -110,13 +110,16 @@ class TransformerModel(nn.Module):
         targets_BT: Tensor | None = None,
         documents_BT: Tensor | None = None,
         cache: "Cache | None" = None,
+        sight: Sight | None = None,
     ) -> Tensor | LossParts:
         """tokens_BT int64 -> logits_BTV; with targets_BT int64 (IGNORE_INDEX: not scored) -> LossParts, see `Loss`.
 
         `documents_BT` numbers the documents of packed sequences: a token sees its own document only, and positions
-        begin anew in each. With a `cache` the tokens follow those that it holds, and join them.
+        begin anew in each. With a `cache` the tokens follow those that it holds, and join them. Where they are only
+        some of the tokens of their sequences, `sight` tells which, instead of `documents_BT`.
         """
-        sight = cache.advance(tokens_BT, documents_BT) if cache else make_sight(tokens_BT, documents_BT)
+        if sight is None:
+            sight = cache.advance(tokens_BT, documents_BT) if cache else make_sight(tokens_BT, documents_BT)
         longest = sight.positions_BS.shape[1]
         if longest > self.spec.context:
             raise ValueError(f"{longest} tokens are more than the model's context ({self.spec.context})")

@@ -20,6 +20,7 @@ from mosaic_dist.parallel.spec import Parallel
 if TYPE_CHECKING:
     from mosaic_dist.parallel.engine import Engine, StepResult
     from mosaic_dist.parallel.exchange import choose_degree, expert_counts, place_experts
+    from mosaic_dist.parallel.sequence import Sequences, check_sequence_parallel, place_sequences
     from mosaic_dist.parallel.world import (
         World,
         gather_problems,
@@ -38,8 +39,10 @@ __all__ = [
     "Engine",
     "Parallel",
     "Precision",
+    "Sequences",
     "StepResult",
     "World",
+    "check_sequence_parallel",
     "choose_degree",
     "expert_counts",
     "fill_config",
@@ -50,6 +53,7 @@ __all__ = [
     "local_size_from_environment",
     "on_main",
     "place_experts",
+    "place_sequences",
     "rank_from_environment",
     "read_config",
     "resolve_precision",
@@ -58,7 +62,7 @@ __all__ = [
     "zero_stage",
 ]
 
-_WITH_DEEPSPEED = ("world", "exchange", "engine")
+_WITH_DEEPSPEED = ("world", "exchange", "sequence", "engine")
 
 
 def __getattr__(name: str) -> Any:

@@ -27,6 +27,7 @@ from mosaic_dist.parallel.cut_matrices import CutMatrices
 from mosaic_dist.parallel.exchange import place_experts
 from mosaic_dist.parallel.loss_scale import restore_scale, scale_state
 from mosaic_dist.parallel.partition import partitioned_parameters
+from mosaic_dist.parallel.sequence import join_sequences, place_sequences
 from mosaic_dist.parallel.spec import Parallel
 from mosaic_dist.parallel.world import World
 from mosaic_dist.targets import IGNORE_INDEX
@@ -82,6 +83,8 @@ class Engine:
         with torch.device("meta"):
             model = spec.build()
         place_experts(model, degree, world.rank)
+        self.sequences = join_sequences(parallel, world)
+        place_sequences(model, self.sequences)
         self.mixtures = [layer for layer in model.modules() if isinstance(layer, MixtureOfExperts)]
         for layer in self.mixtures:
             layer.chunks = parallel.expert_chunks
@@ -138,15 +141,15 @@ class Engine:
         """Forward and backward over this rank's sequences, a micro-batch at a time, then one update.
 
         inputs_BT, targets_BT, documents_BT (see `TransformerModel.forward`) int64, of the same shape on every rank,
-        with as many micro-batches as the step is to have. The gradient is that of the mean cross-entropy over all
-        scored tokens of the global batch plus the mean of the auxiliary losses. `vote` is asked once, after the update,
-        for as many answers on each rank; they travel with the losses. Where the loss of the global batch is above
-        `loss_limit`, the same on all ranks, the update is left out: weights, optimizer states and buffers stay as they
-        are. Every rank must call.
+        with as many micro-batches as the step is to have, and the same on ranks that share sequences. The gradient is
+        that of the mean cross-entropy over all scored tokens of the global batch plus the mean of the auxiliary losses.
+        `vote` is asked once, after the update, for as many answers on each rank; they travel with the losses. Where the
+        loss of the global batch is above `loss_limit`, the same on all ranks, the update is left out: weights,
+        optimizer states and buffers stay as they are. Every rank must call.
         """
         self._accumulate(len(inputs_BT))
         device = self.world.device
-        scored = (targets_BT != IGNORE_INDEX).sum().to(device, non_blocking=True)
+        scored = (self.sequences.cut(targets_BT) != IGNORE_INDEX).sum().to(device, non_blocking=True)
         dist.all_reduce(scored)
         # DeepSpeed averages over micro-batches and ranks, so the sum over tokens is scaled up by their number
         scale = self.accumulation * self.world.size / scored.clamp(min=1)
@@ -154,7 +157,7 @@ class Engine:
         rejected = torch.tensor(False)
         whole = (inputs_BT, targets_BT) if documents_BT is None else (inputs_BT, targets_BT, documents_BT)
         for micro_batch in zip(*(tensor.chunk(self.accumulation) for tensor in whole), strict=True):
-            part = self.deepspeed(*(tensor.to(device, non_blocking=True) for tensor in micro_batch))
+            part = self._forward(*(tensor.to(device, non_blocking=True) for tensor in micro_batch))
             parts.append(LossParts(*(value.detach() for value in part)))
             loss = part.cross_entropy_sum * scale + part.auxiliary
             if len(parts) == self.accumulation and loss_limit < math.inf:
@@ -189,6 +192,12 @@ class Engine:
         self.deepspeed.set_train_batch_size(sequences * self.world.size)
         # DeepSpeed updates where its count of all micro-batches divides by those of a step, whatever they were before
         self.deepspeed.micro_steps = self.deepspeed.global_steps * self.accumulation
+
+    def _forward(self, inputs_BT: Tensor, targets_BT: Tensor | None, documents_BT: Tensor | None = None) -> Any:
+        """What the model gives for this rank's tokens of the sequences."""
+        cut = self.sequences.cut
+        targets_BT = None if targets_BT is None else cut(targets_BT)
+        return self.deepspeed(cut(inputs_BT), targets_BT, sight=self.sequences.sight(inputs_BT, documents_BT))
 
     def _update(self, learning_rate: float) -> tuple[float, bool]:
         """Clip and update. Returns the gradient norm and whether the update was skipped."""
@@ -271,8 +280,8 @@ class Engine:
         """Mean cross-entropy per scored token over the batches of all ranks. Each rank must bring as many batches."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         for inputs_BT, targets_BT, documents_BT in self._without_dropout(batches):
-            sums[0] += self.deepspeed(inputs_BT, targets_BT, documents_BT).cross_entropy_sum
-            sums[1] += (targets_BT != IGNORE_INDEX).sum()
+            sums[0] += self._forward(inputs_BT, targets_BT, documents_BT).cross_entropy_sum
+            sums[1] += (self.sequences.cut(targets_BT) != IGNORE_INDEX).sum()
         dist.all_reduce(sums)
         return (sums[0] / sums[1].clamp(min=1)).item()
 
@@ -284,13 +293,14 @@ class Engine:
         tokens before it. So one forward pass tells, of the same shape on every rank, and none waits for another's
         answer to end. Rows without a scored target do not count. Each rank must bring as many batches.
         """
-        counts = torch.zeros(2, dtype=torch.int64, device=self.world.device)
+        counts, cut = torch.zeros(2, dtype=torch.int64, device=self.world.device), self.sequences.cut
         for inputs_BT, targets_BT, documents_BT in self._without_dropout(batches):
-            likeliest_BT = self.deepspeed(inputs_BT, documents_BT=documents_BT).argmax(-1)
+            likeliest_BT, targets_BT = self._forward(inputs_BT, None, documents_BT).argmax(-1), cut(targets_BT)
             scored_BT = targets_BT != IGNORE_INDEX
-            asked_B = scored_BT.any(1)
-            right_B = asked_B & ((likeliest_BT == targets_BT) | ~scored_BT).all(1)
-            counts += torch.stack([right_B.sum(), asked_B.sum()])
+            wrong_BT = scored_BT & (likeliest_BT != targets_BT)
+            scored_B, wrong_B = self.sequences.total(torch.stack([scored_BT.sum(1), wrong_BT.sum(1)]))
+            asked_B = scored_B > 0
+            counts += torch.stack([(asked_B & (wrong_B == 0)).sum(), asked_B.sum()])
         dist.all_reduce(counts)
         right, asked = counts.tolist()
         return right / max(1, asked)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mosaic_dist.errors import UserError
 from mosaic_dist.model import Experts, GroupedLinear, LocalExchange, MixtureOfExperts, Rows, gather, spread
+from mosaic_dist.parallel.world import check_groups, divisors
 
 
 class Transfer:
@@ -79,13 +80,24 @@ class _Arrive(torch.autograd.Function):
 
 
 class DataParallelCounts:
-    """Sums the counts of a layer over all ranks: with or without expert parallelism, each sees other tokens."""
+    """Sums the counts of a layer over ranks: with or without expert parallelism, each sees other tokens."""
+
+    sequence_group: Any = None
+    """The ranks that have parts of the same sequences, where there are several; see `sequence.py`."""
 
     def total_counts(self, counts_E: Tensor) -> Tensor:
         """See `LocalExchange.total_counts`. Every rank must call."""
         total_E = counts_E.clone()
         dist.all_reduce(total_E)
         return total_E
+
+    def micro_batch_counts(self, counts: Tensor) -> Tensor:
+        """See `LocalExchange.micro_batch_counts`. Every rank must call."""
+        if self.sequence_group is None:
+            return counts
+        total = counts.clone()
+        dist.all_reduce(total, group=self.sequence_group)
+        return total
 
 
 class ReplicatedExperts(DataParallelCounts, LocalExchange):
@@ -162,19 +174,9 @@ def choose_degree(asked: int | str, experts: list[int], world_size: int, local_s
     degree = int(asked)
     for count in experts:
         if count % degree:
-            raise UserError(f"{count} experts do not divide by expert_parallel ({degree}); use {_divisors(count)}")
-    if world_size % degree:
-        raise UserError(f"{world_size} ranks do not divide by expert_parallel ({degree}); use {_divisors(world_size)}")
-    if local_size % degree and degree % local_size:  # groups are runs of neighbouring ranks
-        raise UserError(
-            f"expert_parallel ({degree}) would cut expert groups across nodes of {local_size} ranks; use "
-            f"{_divisors(local_size)}, or a multiple of {local_size}"
-        )
+            raise UserError(f"{count} experts do not divide by expert_parallel ({degree}); use {divisors(count)}")
+    check_groups("expert_parallel", degree, world_size, local_size)
     return degree
-
-
-def _divisors(number: int) -> str:
-    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
 
 
 def place_experts(model: nn.Module, degree: int, rank: int) -> None:

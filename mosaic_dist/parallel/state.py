@@ -166,6 +166,7 @@ def layout(engine: Engine) -> dict[str, Any]:
     return {
         "ranks": engine.world.size,
         "expert_parallel": engine.degree,
+        "sequence_parallel": engine.sequences.degree,
         "zero_stage": engine.zero_stage,
         "precision": next((name for name, is_on in halves.items() if is_on), "fp32"),
         "accumulation": engine.accumulation,

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import logger as deepspeed_logger
 
+from mosaic_dist.errors import UserError
 from mosaic_dist.memory import keep_freed_memory
 
 
@@ -108,6 +109,22 @@ def _is_running_gloo(task: Path) -> bool:
         return "gloo" in (task / "comm").read_text() and "State:\tR" in (task / "status").read_text()
     except OSError:  # it has ended
         return False
+
+
+def check_groups(asked: str, degree: int, world_size: int, local_size: int) -> None:
+    """UserError where groups of `degree` ranks in a row leave some over, or straddle nodes; `asked` is the field."""
+    if world_size % degree:
+        raise UserError(f"{world_size} ranks do not divide by {asked} ({degree}); use {divisors(world_size)}")
+    if local_size % degree and degree % local_size:
+        raise UserError(
+            f"{asked} ({degree}) would cut groups across nodes of {local_size} ranks; use {divisors(local_size)}, or a "
+            f"multiple of {local_size}"
+        )
+
+
+def divisors(number: int, at_most: int | None = None) -> str:
+    """All of them, for people."""
+    return ", ".join(str(n) for n in range(1, (at_most or number) + 1) if number % n == 0)
 
 
 T = TypeVar("T")

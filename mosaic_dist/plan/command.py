@@ -23,6 +23,7 @@ def plan(
     gpus_per_node: Positive = 8,
     gpu: str = "h100",
     ep: Positive | Literal["auto"] | None = None,
+    sp: Positive | None = None,
     zero: Literal[0, 1, 2, 3] | None = None,
     ds_config: str | None = None,
     micro_batch: Positive | None = None,
@@ -45,6 +46,7 @@ def plan(
     --gpus_per_node N     ranks of each
     --gpu NAME            t4, a100, h100, h100_pcie, h200, b200, or a file that --calibrate wrote
     --ep N                expert-parallel ranks; the recipe's by default
+    --sp N                ranks that share each sequence; the recipe's by default
     --zero N              ZeRO stage; 1 by default, or that of --ds_config FILE
     --micro_batch N       sequences at a time
     --seq_len N           tokens of a sequence
@@ -65,6 +67,7 @@ def plan(
         raise UserError("--zero and --ds_config both give a ZeRO stage; give one of them")
     given = {
         "parallel.expert_parallel": ep,
+        "parallel.sequence_parallel": sp,
         "micro_batch": micro_batch,
         "data.seq_len": seq_len,
         "parallel.recompute.parts": checkpointing,

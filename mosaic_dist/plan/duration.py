@@ -35,7 +35,7 @@ class Duration(NamedTuple):
     other: float
     """All other operations."""
     exchange: float
-    """Rows to experts and back."""
+    """Rows to experts and back, and heads to where they are scored and back."""
     gradients: float
     weights: float
     update: float
@@ -57,7 +57,7 @@ def step_duration(
         if work.is_product:
             arithmetic = work.flops / (device.rate(PRECISIONS[work.dtype]) * device.reachable)
         seconds[work.is_product] += times * max(arithmetic, work.bytes / device.memory_bytes_per_second)
-    on_links = dict.fromkeys(("rows", "loads", "gradients", "weights", "matrices"), 0.0)
+    on_links = dict.fromkeys(("rows", "heads", "loads", "gradients", "weights", "matrices"), 0.0)
     for flow in flows:
         inside = flow.sent_inside / device.node_bytes_per_second
         between = flow.sent_between / device.network_bytes_per_second
@@ -68,7 +68,7 @@ def step_duration(
     return Duration(
         products=seconds[True] * layout.accumulation,
         other=seconds[False] * layout.accumulation,
-        exchange=on_links["rows"] + on_links["loads"],
+        exchange=on_links["rows"] + on_links["heads"] + on_links["loads"],
         gradients=on_links["gradients"],
         weights=on_links["weights"],
         update=shares * UPDATE_BYTES / device.memory_bytes_per_second

@@ -11,7 +11,14 @@ import torch
 from mosaic_dist.hardware import Device
 from mosaic_dist.model import Transformer
 from mosaic_dist.optim import Optimizer
-from mosaic_dist.parallel import choose_degree, expert_counts, place_experts, resolve_precision, zero_stage
+from mosaic_dist.parallel import (
+    check_sequence_parallel,
+    choose_degree,
+    expert_counts,
+    place_experts,
+    resolve_precision,
+    zero_stage,
+)
 from mosaic_dist.parallel.engine import split_expert_groups
 from mosaic_dist.run_spec import Run
 
@@ -67,6 +74,11 @@ class Layout:
         """The ranks that hold the same experts as this one."""
         return range(rank % self.degree, self.ranks, self.degree)
 
+    @property
+    def sequence_group(self) -> range:
+        """Ranks that share sequences: neighbours, and all groups of them lie alike."""
+        return range(self.run.parallel.sequence_parallel)
+
     def span(self, group: range) -> Span:
         """How a group lies over the nodes; the engine's rules let it lie alike in all that it touches."""
         return Span(len(group), len(group) // len({rank // self.node_ranks for rank in group}))
@@ -88,6 +100,7 @@ def make_layout(run: Run, config: dict[str, Any], device: Device, nodes: int, no
     ranks = nodes * node_ranks
     precision = _precision(run, config, device)
     degree = choose_degree(run.parallel.expert_parallel, list(_experts(run.model)), ranks, node_ranks)
+    check_sequence_parallel(run.model, run.parallel.sequence_parallel, run.seq_len, ranks, node_ranks)
     accumulation = run.accumulation(ranks)
     run.check_ramp(ranks)
     filled = run.fill_config(config, precision, ranks)

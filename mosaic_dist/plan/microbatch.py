@@ -20,7 +20,7 @@ from mosaic_dist.model import MixtureOfExperts, Recompute, Transformer, apply_re
 from mosaic_dist.model.attention import kernel
 from mosaic_dist.model.ffn import ffn
 from mosaic_dist.model.ffn.kernel import run_grouped, run_in_turn
-from mosaic_dist.parallel import place_experts
+from mosaic_dist.parallel import Sequences, place_experts, place_sequences
 from mosaic_dist.plan.recorder import Phase, Recorder, Sent, Work, replaced
 
 aten = torch.ops.aten
@@ -41,11 +41,16 @@ class Setting:
     dtype: torch.dtype
     recompute: Recompute
     expert_chunks: int = 1
+    sequence_parallel: int = 1
     documents: bool = False
     """Whether tokens see their own document only; counted is one document per sequence, which is the most work."""
     attention: AttentionKernels = "flash"
     grouped: bool = True
     """Whether all experts are one product."""
+
+
+SHARERS = "sequence"
+"""Stands for the group of ranks that share sequences."""
 
 
 class Moment(NamedTuple):
@@ -93,13 +98,16 @@ def run_microbatch(setting: Setting) -> Microbatch:
     flags = [_is_recomputed(setting, i) for i in range(len(setting.model.blocks))]
     kinds = list(dict.fromkeys(zip(setting.model.blocks, flags, strict=True)))
     of_blocks = [kinds.index(kind) for kind in zip(setting.model.blocks, flags, strict=True)]
-    model = _model_of_kinds(setting, kinds)
+    sequences = Sequences(setting.sequence_parallel, 0, setting.sequence_parallel, SHARERS)
+    model = _model_of_kinds(setting, kinds, sequences)
     tokens_BT = torch.empty(setting.sequences, setting.seq_len, dtype=torch.int64, device="meta")
     recorder = Recorder("meta")
     _mark_parts(model, recorder)
     with recorder.alone(), _kernels(setting), recorder:
         recorder.mark("embedding forward")
-        parts = model(tokens_BT, tokens_BT, tokens_BT if setting.documents else None)
+        mine_BT = sequences.cut(tokens_BT)
+        sight = sequences.sight(tokens_BT, tokens_BT if setting.documents else None)
+        parts = model(mine_BT, mine_BT, sight=sight)
         loss = parts.cross_entropy_sum + parts.auxiliary
         recorder.mark("head backward")
         loss.backward()
@@ -122,12 +130,13 @@ def without_capacity(model: Transformer) -> Transformer:
     return dataclasses.replace(model, blocks=tuple(unlimited(block) for block in model.blocks))
 
 
-def _model_of_kinds(setting: Setting, kinds: list[tuple[Any, bool]]) -> Any:
+def _model_of_kinds(setting: Setting, kinds: list[tuple[Any, bool]], sequences: Sequences) -> Any:
     """A model with one block of each kind, as a rank holds it."""
     spec = dataclasses.replace(setting.model, blocks=tuple(block for block, _ in kinds))
     with torch.device("meta"):
         model: Any = without_capacity(spec).build()
     place_experts(model, setting.degree, 0)
+    place_sequences(model, sequences)
     for layer in model.modules():
         if isinstance(layer, MixtureOfExperts):
             layer.exchange, layer.chunks = EvenRouting(layer.exchange), setting.expert_chunks
@@ -153,6 +162,10 @@ class EvenRouting(nn.Module):
     def total_counts(self, counts_E: Tensor) -> Tensor:
         """See `LocalExchange.total_counts`."""
         return self.exchange.total_counts(counts_E)
+
+    def micro_batch_counts(self, counts: Tensor) -> Tensor:
+        """See `LocalExchange.micro_batch_counts`."""
+        return self.exchange.micro_batch_counts(counts)
 
 
 def _mark_parts(model: Any, recorder: Recorder) -> None:

@@ -42,6 +42,8 @@ class Sent(NamedTuple):
 
     kind: str
     bytes: int
+    group: Any = None
+    """As it is called; None: there is no other of this kind."""
 
 
 @dataclasses.dataclass
@@ -119,14 +121,14 @@ class Recorder(TorchDispatchMode):
         """Let collectives return at once, and note them: every rank is taken to do what this one does."""
         return replaced(dist, all_to_all_single=self._all_to_all, all_reduce=self._all_reduce)
 
-    def _all_to_all(self, out: Tensor, sent: Tensor, *words: Any, async_op: bool = False, **named: Any) -> Any:
-        self.phases[-1].sent[Sent("all-to-all", sent.nbytes)] += 1
+    def _all_to_all(self, out: Tensor, sent: Tensor, *words: Any, group: Any = None, async_op: bool = False) -> Any:
+        self.phases[-1].sent[Sent("all-to-all", sent.nbytes, group)] += 1
         if not sent.is_meta:
             out.copy_(sent[:1].expand_as(out))  # numbers of rows: what each rank has for this one is alike
         return _Done() if async_op else None
 
-    def _all_reduce(self, tensor: Tensor, *words: Any, **named: Any) -> None:
-        self.phases[-1].sent[Sent("all-reduce", tensor.nbytes)] += 1
+    def _all_reduce(self, tensor: Tensor, *words: Any, group: Any = None) -> None:
+        self.phases[-1].sent[Sent("all-reduce", tensor.nbytes, group)] += 1
 
 
 @contextlib.contextmanager

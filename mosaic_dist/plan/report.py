@@ -24,7 +24,7 @@ def _layout(plan: Plan) -> str:
         f"{run.name}: {plan.total_parameters:,} parameters, {plan.active_parameters:,} active\n"
         f"{layout.ranks} ranks = {layout.nodes} nodes x {layout.node_ranks} {plan.device.name}, expert parallel "
         f"{layout.degree}, ZeRO {layout.stage}, {layout.precision}, recomputed: {again}\n"
-        f"batch: {run.batch_tokens:,} tokens = {layout.ranks} ranks x {layout.accumulation} micro-batches of "
+        f"batch: {run.batch_tokens:,} tokens = {run.dealt(layout.ranks)} x {layout.accumulation} micro-batches of "
         f"{run.micro_batch} x {run.seq_len:,}{ramp}"
     )
 
@@ -77,7 +77,7 @@ def _largest(plan: Plan) -> str:
         fewer = "fewer tokens per micro-batch, or a smaller --model.loss.chunk_tokens"
         sizes[f"activations, of which the logits are many ({fewer})"] = peak.activations
     else:
-        sizes["activations (--checkpointing full, fewer tokens per micro-batch)"] = peak.activations
+        sizes["activations (--checkpointing full, a larger --sp, fewer tokens per micro-batch)"] = peak.activations
     return max(sizes, key=lambda name: sizes[name])
 
 
@@ -126,14 +126,14 @@ def _assumptions(plan: Plan) -> str:
 
 def render_search(found: Sequence[Plan], refused: Sequence[Refused], shown: int) -> str:
     """The best plans that fit, then how often each reason spoke against one, with the nearest example."""
-    lines = ["| expert parallel | ZeRO | micro-batch | recomputed | peak GiB | s/step | tokens/s | MFU |"]
-    lines.append("|---:|---:|---:|---|---:|---:|---:|---:|")
+    columns = ("expert parallel", "sequence parallel", "ZeRO", "micro-batch", "recomputed", "peak GiB", "s/step")
+    lines = [f"| {' | '.join(columns)} | tokens/s | MFU |", "|---:|---:|---:|---:|---|---:|---:|---:|---:|"]
     for plan in found[:shown]:
-        layout = plan.layout
+        layout, parallel = plan.layout, plan.layout.run.parallel
         lines.append(
-            f"| {layout.degree} | {layout.stage} | {layout.run.micro_batch} | {layout.run.parallel.recompute.parts} "
-            f"| {plan.memory.peak_bytes / GIB:.1f} | {plan.duration.total:.2f} | {plan.tokens_per_second:,.0f} "
-            f"| {plan.mfu:.1%} |"
+            f"| {layout.degree} | {parallel.sequence_parallel} | {layout.stage} | {layout.run.micro_batch} "
+            f"| {parallel.recompute.parts} | {plan.memory.peak_bytes / GIB:.1f} | {plan.duration.total:.2f} "
+            f"| {plan.tokens_per_second:,.0f} | {plan.mfu:.1%} |"
         )
     head = f"{len(found)} of {len(found) + len(refused)} layouts fit" + (f"; the first {shown}:" if found else ".")
     reasons: dict[str, list[Refused]] = {}

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 from mosaic_dist.errors import UserError
 from mosaic_dist.hardware import Device
 from mosaic_dist.model import Recompute
+from mosaic_dist.parallel.sequence import can_share
 from mosaic_dist.plan.layout import make_layout, rank_groups
 from mosaic_dist.plan.microbatch import run_microbatch
 from mosaic_dist.plan.plan import Plan, finish_plan, setting_of
@@ -17,6 +18,8 @@ STAGES = (0, 1, 2, 3)
 MICRO_BATCHES = (1, 2, 4, 8)
 PARTS: tuple[Literal["none", "moe", "full"], ...] = ("none", "moe", "full")
 """Of `Recompute.parts`, those that are tried."""
+LONG_TOKENS = 32_768
+"""Of a sequence that ranks may have to share."""
 GIB = 2**30
 
 
@@ -38,14 +41,19 @@ class Tried(NamedTuple):
 
 
 def search(run: Run, config: dict[str, Any], device: Device, nodes: int, node_ranks: int, budget: int | None) -> Tried:
-    """Plan every expert-parallel degree x ZeRO stage x micro-batch x recomputation, the rest as the run says."""
+    """Plan every expert-parallel degree x ranks to a sequence x ZeRO stage x micro-batch x recomputation.
+
+    The rest is as the run says; ranks share sequences that are long, within nodes.
+    """
     fitting: list[Plan] = []
     refused: list[Refused] = []
-    for degree, stage, micro_batch, parts in itertools.product(
-        degrees(run, nodes * node_ranks), STAGES, MICRO_BATCHES, PARTS
+    for degree, shared, stage, micro_batch, parts in itertools.product(
+        degrees(run, nodes * node_ranks), sharing(run, node_ranks), STAGES, MICRO_BATCHES, PARTS
     ):
-        named = f"expert parallel {degree}, ZeRO {stage}, micro-batch {micro_batch}, recomputed {parts}"
-        parallel = replace(run.parallel, expert_parallel=degree, recompute=Recompute(parts=parts))
+        ranks = f"expert parallel {degree}, sequence parallel {shared}"
+        named = f"{ranks}, ZeRO {stage}, micro-batch {micro_batch}, recomputed {parts}"
+        recompute = Recompute(parts=parts)
+        parallel = replace(run.parallel, expert_parallel=degree, sequence_parallel=shared, recompute=recompute)
         tried = replace(run, micro_batch=micro_batch, parallel=parallel)
         staged = config | {"zero_optimization": config.get("zero_optimization", {}) | {"stage": stage}}
         try:
@@ -60,6 +68,19 @@ def search(run: Run, config: dict[str, Any], device: Device, nodes: int, node_ra
         else:
             refused.append(Refused(named, f"more than {device.memory_bytes / GIB:.1f} GiB", plan.memory.peak_bytes))
     return Tried(sorted(fitting, key=lambda plan: -plan.tokens_per_second), refused)
+
+
+def sharing(run: Run, node_ranks: int) -> Iterable[int]:
+    """How many ranks may share a sequence: of a long one up to a node's, of others as many as the run says."""
+    if run.seq_len < LONG_TOKENS:
+        return [run.parallel.sequence_parallel]
+    divided = (node_ranks, run.seq_len)
+    return [
+        n
+        for n in range(1, node_ranks + 1)
+        if all(number % n == 0 for number in divided)
+        and all(can_share(block.attention, n) for block in run.model.blocks)
+    ]
 
 
 def degrees(run: Run, ranks: int) -> Iterable[int]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from mosaic_dist.parallel.cut_matrices import choose_workers, matrices_of, size
 from mosaic_dist.parallel.partition import Cut
 from mosaic_dist.plan.layout import Group, Layout, Span
-from mosaic_dist.plan.microbatch import Microbatch
+from mosaic_dist.plan.microbatch import SHARERS, Microbatch
 from mosaic_dist.plan.states import held, holders, is_persistent, padded, piece
 
 SHARE_SENT = {"all-reduce": 2.0, "reduce-scatter": 1.0, "all-gather": 1.0, "all-to-all": 1.0}
@@ -61,12 +61,16 @@ def step_traffic(layout: Layout, groups: tuple[Group, ...], microbatch: Microbat
 
 
 def _tokens(layout: Layout, microbatch: Microbatch) -> Iterator[Flow]:
-    """What a micro-batch sends: rows to experts and back, and counts."""
-    spans = {"all-to-all": layout.span(layout.expert_group(0)), "all-reduce": layout.span(range(layout.ranks))}
-    names = {"all-to-all": "rows of tokens", "all-reduce": "loads of experts"}
-    for kind, span in spans.items():
-        each = sum(sent.bytes * times for sent, times in microbatch.sent.items() if sent.kind == kind)
-        yield Flow(kind, names[kind], span, each * layout.accumulation)
+    """What a micro-batch sends: rows to experts and back, heads to where they are scored and back, and counts."""
+    for (kind, group), (what, ranks) in {
+        ("all-to-all", None): ("rows of tokens", layout.expert_group(0)),
+        ("all-reduce", None): ("loads of experts", range(layout.ranks)),
+        ("all-to-all", SHARERS): ("heads of attention", layout.sequence_group),
+        ("all-reduce", SHARERS): ("loads in a micro-batch", layout.sequence_group),
+    }.items():
+        sent = {one: times for one, times in microbatch.sent.items() if (one.kind, one.group) == (kind, group)}
+        each = sum(one.bytes * times for one, times in sent.items())
+        yield Flow(kind, what, layout.span(ranks), each * layout.accumulation)
 
 
 def _span(layout: Layout, group: Group) -> Span:

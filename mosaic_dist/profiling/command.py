@@ -69,7 +69,9 @@ def profile(
     history = folder / MEMORY if memory_history and world.is_main else None
 
     def step() -> None:
-        tokens_BT = torch.randint(run.model.vocab, (run.batch_sequences // world.size, run.seq_len + 1))
+        tokens_BT = torch.randint(
+            run.model.vocab, (run.batch_sequences // engine.sequences.data_ranks, run.seq_len + 1)
+        )
         engine.train_step(tokens_BT[:, :-1], tokens_BT[:, 1:], run.optimizer.learning_rate / 100)
 
     for _ in range(warmup):

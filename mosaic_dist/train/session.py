@@ -88,9 +88,9 @@ def how_it_begins(trainer: Trainer, counts: Counts, folder: RunFolder) -> str:
     """The model, the layout, and which steps are ahead, if any are."""
     engine, progress = trainer.engine, trainer.progress
     told = (
-        f"{trainer.run.name}: {counts.total:,} parameters ({counts.active:,} active), {engine.world.size} ranks, "
-        f"expert parallel {engine.degree}, ZeRO {engine.zero_stage}; steps {progress.step} to {trainer.until_step} of "
-        f"{trainer.run.steps} in {folder.path}"
+        f"{trainer.run.name}: {counts.total:,} parameters ({counts.active:,} active), "
+        f"{trainer.run.dealt(engine.world.size)}, expert parallel {engine.degree}, ZeRO {engine.zero_stage}; "
+        f"steps {progress.step} to {trainer.until_step} of {trainer.run.steps} in {folder.path}"
     )
     if not trainer.is_ending:
         compiles = trainer.run.parallel.compile_blocks
@@ -112,6 +112,7 @@ def engine_facts(engine: Engine, counts: Counts) -> dict[str, Any]:
     return {
         "world_size": engine.world.size,
         "expert_parallel": engine.degree,
+        "sequence_parallel": engine.sequences.degree,
         "zero_stage": engine.zero_stage,
         "parameters": counts.total,
         "active_parameters": counts.active,
@@ -141,8 +142,8 @@ def begin(run: Run, info: Corpus, engine: Engine, checkpoint: Checkpoint | None,
         info,
         seq_len=run.seq_len,
         global_batch=run.sequences_at,
-        rank=engine.world.rank,
-        world_size=engine.world.size,
+        rank=engine.sequences.data_rank,
+        world_size=engine.sequences.data_ranks,
         seed=run.seed,
         state=data_state,
         device=engine.world.device,
@@ -164,8 +165,8 @@ def make_hooks(
             ValidationBatches,
             run.data,
             batch=run.micro_batch,
-            rank=world.rank,
-            world_size=world.size,
+            rank=trainer.engine.sequences.data_rank,
+            world_size=trainer.engine.sequences.data_ranks,
             seq_len=run.seq_len,
             limit=samples,
             device=world.device,

@@ -97,6 +97,7 @@ def test_the_state_is_the_sources_bit_for_bit(trained: Path, optimizer: str, sou
     there = {
         "ranks": target.ranks,
         "expert_parallel": target.degree,
+        "sequence_parallel": 1,
         "zero_stage": target.stage,
         "precision": target.precision,
         "accumulation": target.accumulation,

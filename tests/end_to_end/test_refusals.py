@@ -37,6 +37,10 @@ def refused(words: list[str], says: str, folder: Path) -> None:
             ("--model.blocks.ffn.experts", "3", "--expert_parallel", "2"),
             "3 experts do not divide by expert_parallel (2)",
         ),
+        (
+            ("--parallel.sequence_parallel", "2", "--model.blocks.attention.heads", "1"),
+            "model.blocks[0].attention ('mha') cannot be shared by sequence_parallel (2) ranks",
+        ),
         (("--data", "no/such/folder"), "no dataset at no/such/folder"),
         (("--model.vocab", "500"), "has a vocabulary of 512 tokens, but model.vocab is 500"),
     ],

@@ -109,6 +109,21 @@ def test_another_layout_goes_on_with_the_same_losses(undisturbed, dataset, tmp_p
         assert one["tokens"] == other["tokens"]
 
 
+def test_ranks_that_share_sequences_have_the_same_losses(undisturbed, dataset, tmp_path):
+    """They read the same samples, and count and validate them once; the micro-batches are the same ones."""
+    folder = tmp_path / "run"
+    done = command(*deepspeed(folder, dataset, "--parallel.sequence_parallel", "2", "--stop_at_step", "6"))
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "1 groups of 2 ranks, expert parallel 2" in done.stdout
+    got, expected = story(folder), story(undisturbed)[:6]
+    assert [record["tokens"] for record in got] == [record["tokens"] for record in expected]
+    for one, other in zip(got, expected, strict=True):
+        for name in ("loss", "auxiliary_loss", "grad_norm"):
+            assert one[name] == pytest.approx(other[name], rel=1e-4), name
+    assert got[-1]["validation_loss"] == pytest.approx(expected[-1]["validation_loss"], rel=1e-4)
+    assert newest(folder / "checkpoints").state["data"]["cursor"] == 6 * 256 // 32
+
+
 def test_early_stopping_keeps_the_best_and_the_last(dataset, tmp_path):
     """A learning rate that ruins the model: the first validations are the best."""
     folder = tmp_path / "run"

@@ -117,7 +117,7 @@ def make_engine(
     config = fill_config(
         {"zero_optimization": settings},
         precision=case.precision,
-        micro_batch=BATCH // world.size // case.accumulation,
+        micro_batch=BATCH * parallel.sequence_parallel // world.size // case.accumulation,
         accumulation=case.accumulation,
         world_size=world.size,
         clip_norm=OPTIMIZER.clip_norm,

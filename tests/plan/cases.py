@@ -33,11 +33,13 @@ class Measured(NamedTuple):
     recompute: str = "none"
     reuse_distance: int = 1_000_000_000
     persistence: int = 0
+    shared: int = 1
+    """Ranks to a sequence."""
 
     @property
     def name(self) -> str:
         """Of all that is in it."""
-        return f"{self.case}_{self.recompute}_{self.reuse_distance}_{self.persistence}"
+        return f"{self.case}_{self.recompute}_{self.reuse_distance}_{self.persistence}_{self.shared}"
 
     @property
     def zero(self) -> dict[str, Any]:
@@ -52,7 +54,11 @@ class Measured(NamedTuple):
     @property
     def parallel(self) -> Parallel:
         """The run's."""
-        return Parallel(expert_parallel=self.case.degree, recompute=Recompute(parts=self.recompute))
+        return Parallel(
+            expert_parallel=self.case.degree,
+            sequence_parallel=self.shared,
+            recompute=Recompute(parts=self.recompute),
+        )
 
 
 CASES = [
@@ -62,6 +68,8 @@ CASES = [
     *(Measured(Case(RANKS, 1, 2, 2, "fp32"), parts) for parts in ("full", "moe")),
     Measured(Case(RANKS, 3, 2, 2, "fp32"), reuse_distance=0),
     Measured(Case(RANKS, 3, 2, 2, "fp32"), persistence=300),
+    Measured(Case(RANKS, 1, 4, 2, "fp32"), shared=2),
+    Measured(Case(RANKS, 3, 2, 2, "fp32"), "full", shared=2),
     *(Measured(Case(RANKS, stage, 2, 2, "fp32", "muon")) for stage in range(4)),
 ]
 PROFILED = [*(Measured(Case(RANKS, stage, 2, 2, "fp32")) for stage in range(4))]
@@ -79,7 +87,7 @@ def plan_of(measured: Measured) -> Plan:
         optimizer=OPTIMIZERS[case.optimizer],
         steps=1,
         batch_tokens=BATCH * LENGTH,
-        micro_batch=BATCH // RANKS // case.accumulation,
+        micro_batch=BATCH * measured.shared // RANKS // case.accumulation,
         precision=case.precision,
         parallel=measured.parallel,
     )

@@ -127,7 +127,8 @@ def main(output: str) -> None:
     found: dict[str, list[Any]] = {}
     for measured in CASES:
         engine = make_engine(world, measured.case, MODEL, measured.parallel, **measured.zero)
-        mine, (first, second, *_) = my_part(world), batches()
+        of_rank = world._replace(rank=engine.sequences.data_rank, size=engine.sequences.data_ranks)
+        mine, (first, second, *_) = my_part(of_rank), batches()
         engine.train_step(first[0][mine], first[1][mine], LEARNING_RATE)  # makes the moments
         told = states(engine) | measure(engine, second[0][mine], second[1][mine], measured in PROFILED)
         found[measured.name] = [None] * world.size

@@ -9,9 +9,11 @@ from mosaic_dist.__main__ import main as run_main
 from mosaic_dist.errors import UserError
 from mosaic_dist.hardware import DEVICES, Device, device_called, find_device
 from mosaic_dist.plan import calibrate as calibration
-from mosaic_dist.plan.command import plan
+from mosaic_dist.plan.command import load_run, plan
 from mosaic_dist.plan.layout import Span
+from mosaic_dist.plan.search import LONG_TOKENS, sharing
 from mosaic_dist.plan.traffic import Flow
+from mosaic_dist.spec import override
 from tests.launch import ROOT
 
 SMALL = str(ROOT / "recipes" / "nano_moe.py")
@@ -48,6 +50,17 @@ def test_recomputation_chunks_and_stages_change_what_they_should(capsys):
     assert figures(zero=1, checkpointing="full")["activations"] < plain["activations"]
     assert figures(zero=3)["parameters"] < plain["parameters"]
     assert figures(zero=1, ep=1)["parameters"] > plain["parameters"]
+    assert figures(zero=1, sp=2, micro_batch=1)["activations"] < 0.6 * figures(zero=1, micro_batch=1)["activations"]
+
+
+def test_a_search_lets_ranks_share_long_sequences():
+    """At most as many as a node has, which divide tokens and heads."""
+    run = load_run(SMALL)
+    assert list(sharing(run, 8)) == [1]
+    assert list(sharing(override(run, {"parallel.sequence_parallel": 2}), 8)) == [2]
+    long = override(run, {"model.context": LONG_TOKENS, "data.seq_len": LONG_TOKENS})
+    heads = {block.attention.heads for block in run.model.blocks}
+    assert list(sharing(long, 12)) == [n for n in (1, 2, 4) if all(count % n == 0 for count in heads)]
 
 
 def test_what_is_offloaded_lies_in_the_nodes_memory(capsys):
@@ -72,7 +85,7 @@ def test_search_lists_what_fits_and_why_others_do_not(capsys):
     assert " layouts fit; the first 2:" in text
     assert "ZeRO stage 0 would train wrongly" in text
     _, *rows = [line.split("|") for line in text.splitlines() if line.startswith("| ")]
-    speeds = [float(row[7].replace(",", "")) for row in rows]
+    speeds = [float(row[8].replace(",", "")) for row in rows]
     assert len(speeds) == 2
     assert speeds == sorted(speeds, reverse=True)
 

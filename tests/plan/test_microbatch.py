@@ -15,6 +15,7 @@ from mosaic_dist.model import (
     Block,
     LinearAttention,
     Loss,
+    MixtureOfExperts,
     MoE,
     Recompute,
     RoPE,
@@ -24,7 +25,7 @@ from mosaic_dist.model import (
     apply_recompute,
 )
 from mosaic_dist.plan.flops import product_flops
-from mosaic_dist.plan.microbatch import EvenRouting, Setting, run_microbatch
+from mosaic_dist.plan.microbatch import SHARERS, EvenRouting, Setting, run_microbatch
 from mosaic_dist.plan.recorder import Recorder
 from tests.plan.measured_ranks import most_allocated
 
@@ -81,7 +82,7 @@ def real(which: Setting):
     """The model with memory, its experts evenly chosen."""
     model = which.model.build_initialized(0)
     for layer in model.modules():
-        if hasattr(layer, "exchange"):
+        if isinstance(layer, MixtureOfExperts):
             layer.router.choose = even_choice(layer.spec.experts, layer.spec.top_k)
             layer.chunks = which.expert_chunks
     apply_recompute(model, which.recompute)
@@ -160,6 +161,26 @@ def test_packed_documents_take_memory_linear_in_the_length():
     of_documents = dataclasses.replace(setting("dense", "none"), model=model, documents=True)
     small, large = (run_microbatch(dataclasses.replace(of_documents, seq_len=T)).peak_bytes for T in (1024, 2048))
     assert large < 2.1 * small
+
+
+@pytest.mark.parametrize(("kv_heads", "copies"), [(4, 4), (2, 4)])
+def test_ranks_that_share_sequences_send_heads_and_do_their_part(kv_heads, copies):
+    """Queries, keys and values there and outputs back, for each token at hand, and as much in the backward pass.
+
+    Outputs are kept on both sides, and copies of keys and values for ranks that share them.
+    """
+    blocks = 2 * (Block(attention=GQA(heads=8, kv_heads=kv_heads), ffn=SwiGLU(width=128)),)
+    whole = dataclasses.replace(setting("dense", "none"), model=small(position=RoPE(), blocks=blocks))
+    shared = dataclasses.replace(whole, sequence_parallel=4)
+    one, four = run_microbatch(whole), run_microbatch(shared)
+    passes, width, tokens = 2 * len(blocks), DIM // 8, SEQUENCES * LENGTH // 4
+    assert {(sent.kind, sent.group) for sent in four.sent} == {("all-to-all", SHARERS)}
+    handed_over = sum(sent.bytes * times for sent, times in four.sent.items())
+    assert handed_over == passes * tokens * (8 + 2 * copies + 8) * width * torch.float32.itemsize
+    assert not one.sent
+    assert four.flops == one.flops / 4
+    more = len(blocks) * tokens * (8 + 2 * (copies - kv_heads)) * width * torch.float32.itemsize
+    assert four.kept_bytes == pytest.approx(one.kept_bytes / 4 + more, rel=0.01)
 
 
 def test_blocks_are_put_together_as_if_all_had_run():

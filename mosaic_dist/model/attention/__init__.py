@@ -1,8 +1,20 @@
 """Causal attentions, one kind per file."""
 
-from mosaic_dist.model.attention.attention import Attention, AttentionModule, Sight
+from mosaic_dist.model.attention.attention import Attention, AttentionModule, LocalHeads, Score, Sight
 from mosaic_dist.model.attention.linear import LinearAttention
 from mosaic_dist.model.attention.mla import MLA
 from mosaic_dist.model.attention.softmax import GQA, MHA, MQA, SoftmaxAttention
 
-__all__ = ["GQA", "MHA", "MLA", "MQA", "Attention", "AttentionModule", "LinearAttention", "Sight", "SoftmaxAttention"]
+__all__ = [
+    "GQA",
+    "MHA",
+    "MLA",
+    "MQA",
+    "Attention",
+    "AttentionModule",
+    "LinearAttention",
+    "LocalHeads",
+    "Score",
+    "Sight",
+    "SoftmaxAttention",
+]

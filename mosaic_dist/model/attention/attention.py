@@ -1,6 +1,7 @@
 """What every kind of attention is given: which tokens it may see, and what it keeps of those that went before."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,14 +19,18 @@ class Attention(Spec):
         """Module mapping [B, T, dim] to [B, T, dim], where a token sees itself and what came before."""
         raise TypeError(f"{type(self).__name__} cannot be built: choose a kind of attention")
 
+    def head_counts(self) -> tuple[int, int] | None:
+        """Query and key-value heads, of a kind whose heads may be apart: its module gives them to its `exchange`."""
+        return None
+
 
 @dataclasses.dataclass
 class Sight:
     """The tokens of one forward pass, the same for all layers.
 
-    `index_T` numbers the T tokens at hand from the beginning of the sequence; the S tokens up to the last of them,
-    cached ones included, have `positions_BS` and, where a sequence holds several documents, `documents_BS`. A token
-    sees the tokens of its own document with its own index or a lower one. B is 1 where all sequences are alike.
+    `index_T` numbers the T tokens at hand from the beginning of the sequence; all S tokens that there are, cached ones
+    included, have `positions_BS` and, where a sequence holds several documents, `documents_BS`. A token sees the tokens
+    of its own document with its own index or a lower one. B is 1 where all sequences are alike.
     """
 
     index_T: Tensor
@@ -62,8 +67,29 @@ class Sight:
         return self._cuts
 
 
+Score = Callable[[Tensor, Tensor, Tensor, Sight, Tensor, slice], Tensor]
+"""(queries [B, T, n, H], keys [B, S, g, H], values [B, S, g, U], sight, index_S of the keys, heads) -> [B, T, n, U].
+
+`heads` are the n heads among all that the attention has; n is a multiple of g.
+"""
+
+
+class LocalHeads:
+    """The seam between projections and scores: all heads are here. Other exchanges keep this interface."""
+
+    def __call__(
+        self, score: Score, q_BTNH: Tensor, k_BSGH: Tensor, v_BSGU: Tensor, sight: Sight, index_S: Tensor
+    ) -> Tensor:
+        """What `score` gives for all heads of the tokens at hand, [B, T, N, U]."""
+        return score(q_BTNH, k_BSGH, v_BSGU, sight, index_S, slice(None))
+
+
 class AttentionModule(nn.Module):
     """Base of attention modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.exchange: Any = LocalHeads()
 
     def forward(self, x_BTD: Tensor, sight: Sight, cache: Any = None) -> Tensor:
         """x_BTD -> [B, T, D]. With a cache, the tokens at hand follow those in it, and join them."""

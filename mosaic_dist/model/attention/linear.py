@@ -4,6 +4,8 @@ Written in chunks: inside a chunk as attention, between chunks through a state t
 is linear in T, and generation is a recurrence with a state of fixed size.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -25,6 +27,10 @@ class LinearAttention(Attention, type="linear"):
     bias: bool = False
     chunk: Positive = 64
     matrix: Matrix = PlainMatrix()
+
+    def head_counts(self) -> tuple[int, int]:
+        """See `Attention.head_counts`."""
+        return self.heads, self.heads
 
     def build(self, dim: int, position: Position) -> "ChunkedLinearAttention":
         """query, key, value, output [dim, dim]."""
@@ -61,17 +67,30 @@ class ChunkedLinearAttention(AttentionModule):
         q, k, v_BTNH = (
             layer(x_BTD).unflatten(-1, (self.spec.heads, -1)) for layer in (self.query, self.key, self.value)
         )
-        features = (functional.elu(self.position.rotate(x, sight.positions_BT)) + 1 for x in (q, k))
+        q_BTNH, k_BTNH = (self.position.rotate(x, sight.positions_BT) for x in (q, k))
+        score = partial(self._score, cache if cache is not None else LinearState())
+        return self.output(self.exchange(score, q_BTNH, k_BTNH, v_BTNH, sight, sight.index_T).flatten(2))
+
+    def _score(
+        self,
+        state: LinearState,
+        q_BTNH: Tensor,
+        k_BTNH: Tensor,
+        v_BTNH: Tensor,
+        sight: Sight,
+        index_T: Tensor,
+        heads: slice,
+    ) -> Tensor:
+        """See `Score`; the state, which is brought forward, stands for the keys before those at hand."""
+        features = (functional.elu(x) + 1 for x in (q_BTNH, k_BTNH))
         q_BNTH, k_BNTH, v_BNTH = (x.float().transpose(1, 2) for x in (*features, v_BTNH))
-        state = cache if cache is not None else LinearState()
         documents_BT = sight.documents_BT
         if documents_BT is None:
             documents_BT = sight.index_T.new_zeros(1, len(sight.index_T))
         pieces = [x.split(self.spec.chunk, 2) for x in (q_BNTH, k_BNTH, v_BNTH)]
-        documents = documents_BT.expand(len(x_BTD), -1).split(self.spec.chunk, 1)
+        documents = documents_BT.expand(len(q_BTNH), -1).split(self.spec.chunk, 1)
         chunks = [self._chunk(q, k, v, d, state) for q, k, v, d in zip(*pieces, documents, strict=True)]
-        out_BTD = torch.cat(chunks, 2).transpose(1, 2).flatten(2)
-        return self.output(out_BTD.to(x_BTD.dtype))
+        return torch.cat(chunks, 2).transpose(1, 2).to(q_BTNH.dtype)
 
     def _chunk(
         self, q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor, documents_BT: Tensor, state: LinearState

@@ -37,6 +37,10 @@ class MLA(Attention, type="mla"):
     kernel: Kernel = "sdpa"
     matrix: Matrix = PlainMatrix()
 
+    def head_counts(self) -> tuple[int, int]:
+        """See `Attention.head_counts`."""
+        return self.heads, self.heads
+
     def build(self, dim: int, position: Position) -> "LatentAttention":
         """See `LatentAttention` for the matrices."""
         if self.head_width is None and dim % self.heads:
@@ -87,18 +91,24 @@ class LatentAttention(AttentionModule):
         k_BSNH, v_BSNU = self.kv_up(latent_BSC).unflatten(-1, (N, -1)).split([self.head_width, self.value_width], -1)
         if R:
             k_BSNH = torch.cat([k_BSNH, rotary_BSR[:, :, None].expand(-1, -1, N, -1)], -1)
+        return self.output(self.exchange(self._score, q_BTNH, k_BSNH, v_BSNU, sight, index_S).flatten(2))
+
+    def _score(
+        self, q_BTNH: Tensor, k_BSNH: Tensor, v_BSNU: Tensor, sight: Sight, index_S: Tensor, heads: slice
+    ) -> Tensor:
+        """See `Score`."""
         out_BNTU = attend_in_sight(
             q_BTNH.transpose(1, 2),
             k_BSNH.transpose(1, 2),
             v_BSNU.transpose(1, 2),
             sight,
-            index_S=None if cache is None else index_S,
+            index_S=None if index_S is sight.index_T else index_S,
             window=self.spec.window,
-            bias=self.position.bias(sight.positions_BT, sight.positions_BS[:, index_S]),
+            bias=self.position.bias(sight.positions_BT, sight.positions_BS[:, index_S], heads),
             dropout=self.spec.dropout if self.training else 0.0,
             kernel=self.spec.kernel,
         )
-        return self.output(out_BNTU.transpose(1, 2).flatten(2))
+        return out_BNTU.transpose(1, 2)
 
     def score_flops(self, seq_len: int) -> float:
         """A product with every visible key and one with its value."""

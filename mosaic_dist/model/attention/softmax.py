@@ -40,6 +40,10 @@ class SoftmaxAttention(Attention):
         """G, which divides `heads`."""
         return self.heads
 
+    def head_counts(self) -> tuple[int, int]:
+        """See `Attention.head_counts`."""
+        return self.heads, self.key_value_heads()
+
     def check(self) -> None:
         """Heads divide into groups; a soft cap has its kernel."""
         if self.heads % self.key_value_heads():
@@ -104,20 +108,26 @@ class MultiHeadAttention(AttentionModule):
         index_S = sight.index_T
         if cache is not None:
             index_S, (k_BSGH, v_BSGH) = cache.extend(sight.index_T, k_BSGH, v_BSGH)
+        return self.output(self.exchange(self._score, q_BTNH, k_BSGH, v_BSGH, sight, index_S).flatten(2))
+
+    def _score(
+        self, q_BTNH: Tensor, k_BSGH: Tensor, v_BSGH: Tensor, sight: Sight, index_S: Tensor, heads: slice
+    ) -> Tensor:
+        """See `Score`."""
         out_BNTH = attend_in_sight(
             q_BTNH.transpose(1, 2),
             k_BSGH.transpose(1, 2),
             v_BSGH.transpose(1, 2),
             sight,
-            index_S=None if cache is None else index_S,
+            index_S=None if index_S is sight.index_T else index_S,
             window=self.spec.window,
-            bias=self.position.bias(sight.positions_BT, sight.positions_BS[:, index_S]),
-            sinks_N=self.sinks,
+            bias=self.position.bias(sight.positions_BT, sight.positions_BS[:, index_S], heads),
+            sinks_N=None if self.sinks is None else self.sinks[heads],
             soft_cap=self.spec.soft_cap,
             dropout=self.spec.dropout if self.training else 0.0,
             kernel=self.spec.kernel,
         )
-        return self.output(out_BNTH.transpose(1, 2).flatten(2))
+        return out_BNTH.transpose(1, 2)
 
     def score_flops(self, seq_len: int) -> float:
         """Two products with every visible key, as wide as the heads."""

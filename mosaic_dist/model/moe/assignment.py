@@ -29,6 +29,11 @@ def count(choices_J: Tensor, kinds: int) -> Tensor:
     return choices_J.new_zeros(kinds).scatter_add_(0, choices_J, torch.ones_like(choices_J))
 
 
+def count_rows(choices_BJ: Tensor, kinds: int) -> Tensor:
+    """The same of each row, [B, kinds]."""
+    return choices_BJ.new_zeros(len(choices_BJ), kinds).scatter_add_(1, choices_BJ, torch.ones_like(choices_BJ))
+
+
 def capacity(tokens: int, experts: int, top_k: int, factor: float) -> int:
     """Places per expert for so many tokens: `factor` times an even share, rounded up (arXiv 2101.03961, equation 3)."""
     return math.ceil(factor * tokens * top_k / experts)

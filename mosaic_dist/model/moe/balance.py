@@ -14,11 +14,12 @@ def balance_loss(probs_SE: Tensor, counts_E: Tensor) -> Tensor:
     return probs_SE.shape[-1] * (share_E * probs_SE.mean(0)).sum()
 
 
-def sequence_balance_loss(probs_BTE: Tensor, experts_BTK: Tensor) -> Tensor:
-    """The mean over sequences of the balance loss of each (DeepSeek-V3, arXiv 2412.19437, equations 17 to 20)."""
-    experts_BJ = experts_BTK.flatten(1)
-    counts_BE = torch.zeros_like(probs_BTE[:, 0]).scatter_add_(1, experts_BJ, torch.ones_like(experts_BJ).to(probs_BTE))
-    share_BE = counts_BE / experts_BJ.shape[1]
+def sequence_balance_loss(probs_BTE: Tensor, counts_BE: Tensor) -> Tensor:
+    """The mean over sequences of the balance loss of each (DeepSeek-V3, arXiv 2412.19437, equations 17 to 20).
+
+    `counts_BE` are of the tokens of `probs_BTE`, or of more of the same sequences.
+    """
+    share_BE = counts_BE.to(probs_BTE.dtype) / counts_BE.sum(-1, keepdim=True)
     return probs_BTE.shape[-1] * (share_BE * probs_BTE.mean(1)).sum(-1).mean()
 
 

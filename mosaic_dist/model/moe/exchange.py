@@ -22,3 +22,7 @@ class LocalExchange(nn.Module):
     def total_counts(self, counts_E: Tensor) -> Tensor:
         """Choices per expert of all processes that train together."""
         return counts_E
+
+    def micro_batch_counts(self, counts: Tensor) -> Tensor:
+        """Choices per expert, [E] or of each sequence [B, E], of all processes that have a part of its tokens."""
+        return counts

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mosaic_dist.model.ffn import FFN, DenseFFN, Extras, SwiGLU
-from mosaic_dist.model.moe.assignment import assign, capacity, count, within_capacity
+from mosaic_dist.model.moe.assignment import assign, capacity, count, count_rows, within_capacity
 from mosaic_dist.model.moe.balance import balance_loss, routing_entropy, sequence_balance_loss, z_loss
 from mosaic_dist.model.moe.exchange import LocalExchange
 from mosaic_dist.model.moe.router import Router, Routing
@@ -127,8 +127,8 @@ class MixtureOfExperts(nn.Module):
         if shared:
             out_SD = out_SD + shared[0]
         load_E = count(routing.experts_SK.flatten(), self.spec.experts)
-        counts_E = self._counted(load_E) if self.spec.balance_over == "global_batch" and self.training else load_E
-        return out_SD.view_as(x_BTD), self.measure(routing, load_E, counts_E, kept_SK, x_BTD.shape[:-1])
+        counts = self._counts(routing.experts_SK, load_E, sequence=x_BTD.shape[-2])
+        return out_SD.view_as(x_BTD), self.measure(routing, load_E, counts, kept_SK, x_BTD.shape[:-1])
 
     def _jittered(self, x_SD: Tensor) -> Tensor:
         """What the router sees: in training, inputs times noise in 1 +- jitter (arXiv 2101.03961, section 2.4)."""
@@ -166,20 +166,17 @@ class MixtureOfExperts(nn.Module):
         return torch.cat([recomputed(pass_experts, *part) for part in parts])
 
     def measure(
-        self, routing: Routing, load_E: Tensor, counts_E: Tensor, kept_SK: Tensor | None, shape: torch.Size
+        self, routing: Routing, load_E: Tensor, counts: Tensor, kept_SK: Tensor | None, shape: torch.Size
     ) -> Extras:
         """Losses and measurements of the routing; `shape` is that of the tokens, [B, T].
 
-        `load_E` counts the choices, and `counts_E` those that the balance loss is to see, unless it sees sequences.
+        `load_E` counts the choices here, and `counts` those that the balance loss is to see; see `_counts`.
         """
-        spec, (logits_SE, probs_SE, _, experts_SK) = self.spec, routing
+        spec, (logits_SE, probs_SE, _, _) = self.spec, routing
         if spec.balance_over == "sequence":
-            balance = sequence_balance_loss(
-                probs_SE.unflatten(0, shape).reshape(-1, shape[-1], spec.experts),
-                experts_SK.unflatten(0, shape).reshape(-1, shape[-1], spec.top_k),
-            )
+            balance = sequence_balance_loss(probs_SE.reshape(-1, shape[-1], spec.experts), counts)
         else:
-            balance = balance_loss(probs_SE, counts_E)
+            balance = balance_loss(probs_SE, counts)
         z = z_loss(logits_SE)
         extras = {
             "expert_load": load_E,
@@ -190,6 +187,19 @@ class MixtureOfExperts(nn.Module):
         }
         weighted = {"balance_loss": (spec.balance_weight, balance), "z_loss": (spec.z_weight, z)}
         return extras | {name: weight * loss for name, (weight, loss) in weighted.items() if weight}
+
+    def _counts(self, experts_SK: Tensor, load_E: Tensor, sequence: int) -> Tensor:
+        """Choices per expert that the balance loss sees: [E], or of each sequence of so many tokens [B, E].
+
+        Of all processes that have a part of the micro-batch, or of the global batch.
+        """
+        spec = self.spec
+        if spec.balance_over == "global_batch" and self.training:
+            return self._counted(load_E)
+        counts = load_E
+        if spec.balance_over == "sequence":
+            counts = count_rows(experts_SK.reshape(-1, sequence * spec.top_k), spec.experts)
+        return remembered(lambda: self.exchange.micro_batch_counts(counts))
 
     def _counted(self, load_E: Tensor) -> Tensor:
         """Add a micro-batch to the counts of the step, those of all processes, once; a copy of the sum."""

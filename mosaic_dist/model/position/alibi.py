@@ -34,10 +34,10 @@ class ALiBiBias(HeadPosition):
         """Keep the slopes there."""
         self._on[device] = torch.tensor(self.slopes_N, device=device)
 
-    def bias(self, queries_BT: Tensor, keys_BS: Tensor) -> Tensor:
+    def bias(self, queries_BT: Tensor, keys_BS: Tensor, heads: slice = slice(None)) -> Tensor:
         """-slope * (query position - key position)."""
         if queries_BT.device not in self._on:
             self.prepare(queries_BT.device)
-        slopes_N = self._on[queries_BT.device]
+        slopes_N = self._on[queries_BT.device][heads]
         distance_BTS = (queries_BT[:, :, None] - keys_BS[:, None, :]).float()
         return -slopes_N[None, :, None, None] * distance_BTS[:, None]

@@ -16,8 +16,11 @@ class HeadPosition:
         """Queries or keys with positions in them."""
         return x_BTNH
 
-    def bias(self, queries_BT: Tensor, keys_BS: Tensor) -> Tensor | None:
-        """What is added to the scores, [B, N, T, S], for positions of queries and keys; None for nothing."""
+    def bias(self, queries_BT: Tensor, keys_BS: Tensor, heads: slice = slice(None)) -> Tensor | None:
+        """What is added to the scores, [B, n, T, S], for positions of queries and keys, of these of the heads.
+
+        None for nothing.
+        """
         return None
 
 
