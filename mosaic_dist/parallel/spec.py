@@ -3,7 +3,7 @@
 from typing import Literal
 
 from mosaic_dist.model import Recompute
-from mosaic_dist.spec import Positive, PositiveFloat, Spec
+from mosaic_dist.spec import Positive, PositiveFloat, Spec, SpecError
 
 
 class Parallel(Spec):
@@ -26,6 +26,15 @@ class Parallel(Spec):
     compile_blocks: bool = False
     timeout_seconds: PositiveFloat = 1800.0
     step_timeout_seconds: PositiveFloat | Literal["auto"] = "auto"
+
+    def check(self) -> None:
+        """Compiled blocks have their sequences to themselves."""
+        if self.compile_blocks and self.sequence_parallel > 1:
+            raise SpecError(
+                "compile_blocks",
+                f"with sequence_parallel ({self.sequence_parallel}) attention waits for other ranks, which compiled "
+                "blocks cannot; use false, or sequence_parallel 1",
+            )
 
     @property
     def step_limit_seconds(self) -> float:
