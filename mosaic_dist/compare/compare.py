@@ -11,12 +11,13 @@ from mosaic_dist.files import write_atomic
 NAME = "comparison"
 
 
-def compare(*folders: str, output: str | None = None) -> None:
+def compare(*folders: str, output: str | None = None, baseline: str | None = None) -> None:
     """Compare runs: losses with their spread over seeds, speed, size, memory, and losses at equal tokens, FLOPs, time.
 
     `compare DIR_OR_RUN [...]`: run folders, and folders of them such as a sweep makes. Runs that differ in nothing but
     the seed are one variant. Prints the table, and writes it beside a picture.
 
+    --baseline NAME       the variant that the others are set against, seed by seed; default the first
     --output DIR          where comparison.md and comparison.png go; default the one folder that is given, or here
     """
     if not folders:
@@ -30,7 +31,7 @@ def compare(*folders: str, output: str | None = None) -> None:
     if not stories:
         raise UserError(f"no run has told anything yet: {', '.join(left_out)}")
     notes = [f"Left out, without a step so far: {', '.join(left_out)}."] if left_out else []
-    comparison = compare_variants(group(stories))
+    comparison = compare_variants(group(stories), baseline)
     text = render(comparison, notes)
     path = Path(output) if output else Path(str(folders[0])) if len(folders) == 1 else Path()
     draw_comparison(comparison, path / f"{NAME}.png")

@@ -24,6 +24,7 @@ def render(comparison: Comparison, left_out: Sequence[str] = ()) -> str:
     final = "validation loss" if comparison.is_validated else "training loss"
     where = f"{points['tokens']:,.0f} tokens", f"{points['flops']:.3g} FLOPs", duration(points["time"])
     heads = ["variant", "seeds", final, *(f"at {point}" for point in where)]
+    heads.insert(4, f"against {comparison.baseline.name}")
     heads += ["tokens/s", "parameters", "active", "peak MiB"]
     rows = [_cells(comparison, variant) for variant in by_loss(comparison)]
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
@@ -40,16 +41,23 @@ def _cells(comparison: Comparison, variant: Variant) -> list[str]:
     stories, counts = variant.stories, variant.stories[0].counts
     speeds = [statistics.median(told) for story in stories if (told := story.told("tokens_per_second"))]
     peaks = [max(told) for story in stories if (told := story.told("memory_bytes"))]
+    at_tokens, *at_others = (shown(comparison.loss_at(variant, axis)) for axis in POINTS)
     return [
         variant.name,
         str(len(stories)),
         shown(comparison.final(variant)),
-        *(shown(comparison.loss_at(variant, axis)) for axis in POINTS),
+        at_tokens,
+        "" if variant is comparison.baseline else _signed(comparison.against_baseline(variant)),
+        *at_others,
         shown(spread(speeds), 0) if speeds else "",
         f"{counts.total:,}",
         f"{counts.active:,}",
         f"{max(peaks) / MIB:,.0f}" if peaks else "",
     ]
+
+
+def _signed(difference: Spread | None) -> str:
+    return "" if difference is None else ("+" if difference.mean >= 0 else "") + shown(difference)
 
 
 def notes(comparison: Comparison) -> list[str]:
@@ -71,6 +79,8 @@ def notes(comparison: Comparison) -> list[str]:
         "steps, without validation and saves) are training losses. Each of these points is the largest that every run "
         "has got to. They are read off the exponential moving average, between records on a straight line; its "
         f"half-life is {EMA_HALF_LIFE_SHARE:.0%} of the equal tokens, and two records at least.",
+        f"Against {comparison.baseline.name}: the loss at equal tokens minus that of the same seed, which has read the "
+        "same batches; mean and deviation of these differences.",
         "Tokens/s are medians over the steps; memory is that of each run's main process.",
         *([f"Not at their last step: {', '.join(unfinished)}."] if unfinished else []),
     ]

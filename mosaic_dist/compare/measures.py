@@ -10,8 +10,9 @@ from typing import NamedTuple
 import numpy
 
 from mosaic_dist.compare.story import Axis, Story
+from mosaic_dist.errors import UserError
 from mosaic_dist.run_spec import differences
-from mosaic_dist.spec import override
+from mosaic_dist.spec import nearest, override
 from mosaic_dist.train.plot import EMA_HALF_LIFE_SHARE, smooth
 
 POINTS: tuple[Axis, ...] = ("tokens", "flops", "time")
@@ -93,6 +94,8 @@ class Comparison:
     half_life_tokens: float
     is_validated: bool
     """Whether every run was measured on held-out data, so that its last loss there is the final one."""
+    baseline: Variant
+    """What the others are set against, seed by seed."""
 
     def curve(self, story: Story, axis: Axis) -> tuple[list[float], list[float]]:
         """The averaged loss of a run along an axis."""
@@ -100,8 +103,20 @@ class Comparison:
 
     def loss_at(self, variant: Variant, axis: Axis) -> Spread:
         """The averaged losses of a variant's runs at the point of an axis, between records on a straight line."""
-        point = self.points[axis]
-        return spread([float(numpy.interp(point, *self.curve(story, axis))) for story in variant.stories])
+        return spread([self._loss_of(story, axis) for story in variant.stories])
+
+    def _loss_of(self, story: Story, axis: Axis) -> float:
+        return float(numpy.interp(self.points[axis], *self.curve(story, axis)))
+
+    def against_baseline(self, variant: Variant) -> Spread | None:
+        """Loss at equal tokens minus the baseline's of the same seed; None where no seed is common.
+
+        Runs of one seed read the same batches in the same order, so that these are not in the difference.
+        """
+        theirs = {story.run.seed: self._loss_of(story, "tokens") for story in self.baseline.stories}
+        mine = {story.run.seed: self._loss_of(story, "tokens") for story in variant.stories}
+        common = mine.keys() & theirs.keys()
+        return spread([mine[seed] - theirs[seed] for seed in sorted(common)]) if common else None
 
     def final(self, variant: Variant) -> Spread:
         """The last validation losses; of the training, where not all runs have one."""
@@ -110,8 +125,15 @@ class Comparison:
         return spread([smoothed(story, self.half_life_tokens)[-1] for story in variant.stories])
 
 
-def compare_variants(variants: list[Variant]) -> Comparison:
-    """Find where losses can be compared. The half-life is EMA_HALF_LIFE_SHARE of the tokens that all have seen."""
+def compare_variants(variants: list[Variant], baseline: str | None = None) -> Comparison:
+    """Find where losses can be compared. The half-life is EMA_HALF_LIFE_SHARE of the tokens that all have seen.
+
+    The baseline is the first variant where none is named. UserError where the name is none of theirs.
+    """
+    names = [variant.name for variant in variants]
+    if baseline is not None and baseline not in names:
+        raise UserError(f"--baseline {baseline}: no such variant; {nearest(baseline, names)}")
     points = {axis: reached(variants, axis) for axis in POINTS}
     validated = all(story.told("validation_loss") for variant in variants for story in variant.stories)
-    return Comparison(variants, points, EMA_HALF_LIFE_SHARE * points["tokens"], validated)
+    against = variants[0 if baseline is None else names.index(baseline)]
+    return Comparison(variants, points, EMA_HALF_LIFE_SHARE * points["tokens"], validated, against)

@@ -102,11 +102,14 @@ def test_the_table_and_the_picture(runs, capsys):
     head, _, first, second = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|")
     ]
-    assert head[2:6] == ["validation loss", "at 20,480 tokens", head[4], "at 20.0 s"]
-    assert re.fullmatch(r"at \d\.\d+e\+\d+ FLOPs", head[4])
+    assert head[2:7] == ["validation loss", "at 20,480 tokens", "against narrow", head[5], "at 20.0 s"]
+    assert re.fullmatch(r"at \d\.\d+e\+\d+ FLOPs", head[5])
     assert first[:3] == ["narrow", "2", "4.5000 ± 0.7071"]
     assert second[:3] == ["wide", "2", "5.5000 ± 0.7071"]
-    assert first[6:] == [
+    differences = [average(losses(seed, 5.0), 2.0)[9] - average(losses(seed, 6.0), 2.0)[9] for seed in (0, 1)]
+    assert first[4] == ""
+    assert second[4] == f"{statistics.mean(differences):.4f} ± {statistics.stdev(differences):.4f}"
+    assert first[7:] == [
         "2,048 ± 0",
         f"{count_parameters(small.model).total:,}",
         f"{count_parameters(small.model).active:,}",
@@ -118,13 +121,25 @@ def test_the_table_and_the_picture(runs, capsys):
     assert "Left out, without a step so far: broken." in table
 
 
+def test_a_baseline_by_name_and_seeds_that_are_not_common(runs, tmp_path):
+    told = stories(runs)
+    comparison = compare_variants(group(told), baseline="wide")
+    narrow, wide = comparison.variants
+    assert comparison.baseline is wide
+    assert comparison.against_baseline(narrow).n == 2
+    other = compare_variants(group([told[0], told[3]]))
+    assert other.against_baseline(other.variants[1]) is None
+    with pytest.raises(UserError, match="--baseline wider: no such variant; did you mean 'wide'"):
+        compare_variants(group(told), baseline="wider")
+
+
 def test_without_validation_the_training_loss_is_final(runs, tmp_path, capsys):
     bare = write_run(tmp_path / "bare", [record(i, 3.0) for i in range(1, 11)], seed=3)
     compare(str(runs / "wide_seed0"), str(bare), output=str(tmp_path / "out"))
     table = (tmp_path / "out" / "comparison.md").read_text()
     assert "| variant | seeds | training loss |" in table
     assert "Not all runs have a validation loss" in table
-    assert "| bare | 1 | 3.0000 | 3.0000 |" in table
+    assert "| bare | 1 | 3.0000 | 3.0000 |  |" in table
 
 
 def test_variants_are_told_apart_by_what_they_are(tmp_path):
