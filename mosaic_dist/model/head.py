@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from mosaic_dist.model.embedding import EmbeddingModule
 from mosaic_dist.model.linear import Linear
+from mosaic_dist.model.products import linear
 from mosaic_dist.model.unit import Scale, unit
 from mosaic_dist.spec import Positive, Spec, SpecError
 
@@ -81,7 +81,7 @@ class HeadModule(nn.Module):
 
         Weights are for use in here only: under ZeRO-3 they are whole no longer than this runs.
         """
-        product = functional.linear if measure is None else measure
+        product = linear if measure is None else measure
         return product(self.seen_rows(x_BTD), self.effective_weight())
 
     def seen_rows(self, x_BTD: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mosaic_dist.model.products import linear
 from mosaic_dist.spec import Spec
 
 
@@ -31,7 +32,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., inputs] -> [..., outputs]."""
-        return functional.linear(self.seen_rows(x), self.effective_weight(), self.bias)
+        return linear(self.seen_rows(x), self.effective_weight(), self.bias)
 
     def seen_rows(self, x: Tensor) -> Tensor:
         """What the product sees of its input."""

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import weakref
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -22,8 +22,10 @@ def _grouped_flops(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
     return 2 * a.shape[-2] * a.shape[-1] * b.shape[-1]
 
 
-FLOPS: dict[Any, Any] = {**flop_registry, aten._grouped_mm: _grouped_flops, aten.addmm_: flop_registry[aten.addmm]}
-"""Formulas by operation: torch's, and of products that it does not count."""
+FLOPS: ChainMap[Any, Any] = ChainMap(
+    {aten._grouped_mm: _grouped_flops, aten.addmm_: flop_registry[aten.addmm]}, flop_registry
+)
+"""Formulas by operation: torch's, with what others register there, and of products that nobody counts."""
 
 
 class Work(NamedTuple):

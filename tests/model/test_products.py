@@ -1,0 +1,78 @@
+"""Products of either CPU library against float64."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
+
+from mosaic_dist.model import products
+
+SHAPES = {"rows": (5, 24), "batch": (3, 4, 24), "one row": (1, 24), "no rows": (0, 24)}
+
+
+@pytest.fixture(autouse=True)
+def onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN whatever the CPU and the size."""
+    monkeypatch.setattr(products, "LEAST_MULTIPLICATIONS", 1)
+    monkeypatch.setattr(products, "_onednn_is_faster", lambda: torch.backends.mkldnn.is_available())
+
+
+def _drawn(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_values_and_gradients_are_float64s(shape: tuple[int, ...], turned: bool, has_bias: bool) -> None:
+    x = _drawn(shape[-1], *shape[:-1]).movedim(0, -1) if turned else _drawn(*shape)
+    weight = _drawn(24, 40).T if turned else _drawn(40, 24)
+    factors = [x, weight, _drawn(40)][: 2 + has_bias]
+    grad = _drawn(40, *shape[:-1]).movedim(0, -1) if turned else _drawn(*shape[:-1], 40)
+    results = []
+    for dtype, linear in ((torch.float32, products.linear), (torch.float64, functional.linear)):
+        given = [factor.to(dtype).detach().requires_grad_() for factor in factors]
+        out = linear(*given)
+        # the layer is used twice, as one that recurs is
+        results.append((out, *torch.autograd.grad(2 * out + linear(*given), given, grad.to(dtype))))
+    for got, right in zip(*results, strict=True):
+        assert got.shape == right.shape
+        torch.testing.assert_close(got.double(), right, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)])
+def test_only_wanted_gradients(needs: tuple[bool, bool]) -> None:
+    x, weight = (
+        factor.requires_grad_(need) for factor, need in zip((_drawn(5, 24), _drawn(40, 24)), needs, strict=True)
+    )
+    out = products.linear(x, weight)
+    assert out.requires_grad == any(needs)
+    if any(needs):
+        out.sum().backward()
+    assert ((x.grad is not None), (weight.grad is not None)) == needs
+    with torch.no_grad():
+        assert not products.linear(x, weight).requires_grad
+
+
+def test_same_bits_again() -> None:
+    x, weight = _drawn(37, 24), _drawn(40, 24)
+    assert all(torch.equal(products.linear(x, weight), products.linear(x, weight)) for _ in range(5))
+
+
+def test_operations_are_counted() -> None:
+    x, weight = _drawn(3, 4, 24), _drawn(40, 24).requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        products.linear(x.requires_grad_(), weight).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 12 * 24 * 40
+
+
+def test_what_stays_with_torch() -> None:
+    x, weight = _drawn(5, 24), _drawn(40, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert products.linear(x, weight).dtype == torch.bfloat16
+    assert products.linear(x.to("meta"), weight.to("meta")).shape == (5, 40)
+    assert products.linear(x.double(), weight.double()).dtype == torch.float64
+    assert products.linear(x[0], weight).shape == (40,)
+    compiled = torch.compile(products.linear, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, weight), x @ weight.T)
