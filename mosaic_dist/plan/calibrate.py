@@ -10,6 +10,7 @@ import torch
 from mosaic_dist.errors import UserError
 from mosaic_dist.files import write_atomic
 from mosaic_dist.hardware import Device, device_called
+from mosaic_dist.model.products import linear
 
 PRODUCT_SIZE, GPU_PRODUCT_SIZE = 1024, 8192
 COPY_ELEMENTS, GPU_COPY_ELEMENTS = 2**24, 2**28
@@ -56,7 +57,7 @@ def calibrate(path: Path) -> Device:
 
 def _product(size: int, dtype: torch.dtype, where: torch.device) -> Callable[[], torch.Tensor]:
     left, right = (torch.full((size, size), 0.5, dtype=dtype, device=where) for _ in range(2))
-    return lambda: left @ right
+    return lambda: linear(left, right)
 
 
 def _seconds(action: Callable[[], torch.Tensor], where: torch.device) -> float:

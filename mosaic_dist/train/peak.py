@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from mosaic_dist.hardware import device_called
+from mosaic_dist.model.products import linear
 
 PROBE_SIZE = 1024
 PROBE_SECONDS = 0.2
@@ -29,10 +30,10 @@ def peak_flops_per_second(device: torch.device) -> tuple[float, str]:
 
 def _measure_matmul(device: torch.device) -> float:
     left, right = (torch.full((PROBE_SIZE, PROBE_SIZE), 0.5, device=device) for _ in range(2))  # draws no randomness
-    (left @ right).sum().item()
+    linear(left, right).sum().item()
     dist.barrier()
     started, products = time.perf_counter(), 0
     while time.perf_counter() - started < PROBE_SECONDS:
-        (left @ right)[0, 0].item()
+        linear(left, right)[0, 0].item()
         products += 1
     return 2 * PROBE_SIZE**3 * products / (time.perf_counter() - started)
