@@ -15,6 +15,8 @@ from mosaic_dist.train.plot import EMA_HALF_LIFE_SHARE, Ink
 
 GRID_POINTS = 200
 """Of a mean curve."""
+LEGEND_CHARACTERS, ENTRY_CHARACTERS = 170, 8
+"""How many fit into a row of the legend, and what an entry takes beside its name."""
 MIB = 1 << 20
 
 
@@ -108,7 +110,9 @@ def draw_comparison(comparison: Comparison, path: Path) -> None:
         axes.axvline(comparison.points[axis] / unit, color="#555555", linestyle=":", linewidth=1.2)
         axes.grid(alpha=0.3)
     _draw_final(grid[-1], comparison, ordered, inks)
-    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    columns = LEGEND_CHARACTERS // (ENTRY_CHARACTERS + max(len(variant.name) for variant in ordered))
+    handles = grid[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=min(5, max(1, columns)), frameon=False)
     figure.suptitle("mean over seeds, and between which values they lie; dotted: where losses are compared")
     publish(figure, path)
 

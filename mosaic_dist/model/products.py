@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
-from torch.utils.flop_counter import register_flop_formula
 
 LEAST_MULTIPLICATIONS = 2**24
 """Of a product that goes to oneDNN: each new shape costs it about a millisecond, once, which a small one never earns
@@ -81,10 +80,3 @@ def _onednn_is_faster() -> bool:
         and about.exists()
         and "AuthenticAMD" in about.read_text()
     )
-
-
-if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-
-    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
-    def _flops(x_shape: Any, weight_shape: Any, *_: Any, **__: Any) -> int:
-        return 2 * x_shape.numel() * weight_shape[0]

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 aten = torch.ops.aten
 
@@ -20,6 +20,13 @@ aten = torch.ops.aten
 def _grouped_flops(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
     """Rows of all groups times a matrix each, or, for gradients of the matrices, the other way round."""
     return 2 * a.shape[-2] * a.shape[-1] * b.shape[-1]
+
+
+if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # see model/products.py
+
+    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+    def _linear_flops(x_shape: Any, weight_shape: Any, *_: Any, **__: Any) -> int:
+        return 2 * x_shape.numel() * weight_shape[0]
 
 
 FLOPS: ChainMap[Any, Any] = ChainMap(

@@ -17,7 +17,6 @@ from mosaic_dist.convert.hugging_face import export_folder
 from mosaic_dist.convert.native import expected_shapes
 from mosaic_dist.convert.weights import CheckpointTensors
 from mosaic_dist.data.tokenizer import train_bpe
-from mosaic_dist.memory import keep_freed_memory
 from mosaic_dist.model import GQA, Block, RMSNorm, RoPE, SwiGLU, Transformer, Untied
 
 
@@ -75,7 +74,6 @@ def main(folder: Path, word: str) -> None:
         write_checkpoint(folder / "small", small)
         write_checkpoint(folder / "large", large)
         return
-    keep_freed_memory()
     exports(Checkpoint.open(folder / "small" / "step_00000001"), small, folder)[word]()
     shutil.rmtree(folder / word)
     print(growth_bytes(exports(Checkpoint.open(folder / "large" / "step_00000001"), large, folder)[word]))

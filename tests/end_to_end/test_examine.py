@@ -28,7 +28,7 @@ def test_inspect_tells_the_layout_and_the_position(trained):
     facts = json.loads(python("-m", "mosaic_dist", "inspect", trained, "--json"))
     assert [row["step"] for row in facts["checkpoints"]] == [2, 4, 5]
     newest = facts["newest"]
-    layout = {"ranks": 2, "expert_parallel": 2, "zero_stage": 2, "precision": "fp32"}
+    layout = {"ranks": 2, "expert_parallel": 2, "sequence_parallel": 1, "zero_stage": 2, "precision": "fp32"}
     assert newest["layout"] == layout | {"accumulation": 2, "micro_batch": 2}  # of 8 sequences
     assert (newest["tokens"], newest["data"]["cursor"]) == (5 * 256, 5 * 256 // 32)
     assert newest["parameters"] == json.loads((trained / "environment.json").read_text())["parameters"]

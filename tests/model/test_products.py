@@ -7,6 +7,7 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from mosaic_dist.model import products
+from mosaic_dist.plan.recorder import FLOPS
 
 SHAPES = {"rows": (5, 24), "batch": (3, 4, 24), "one row": (1, 24), "no rows": (0, 24)}
 
@@ -61,6 +62,7 @@ def test_same_bits_again() -> None:
 
 
 def test_operations_are_counted() -> None:
+    assert torch.ops.mkldnn._linear_pointwise in FLOPS  # the planner tells torch's counter
     x, weight = _drawn(3, 4, 24), _drawn(40, 24).requires_grad_()
     with FlopCounterMode(display=False) as counter:
         products.linear(x.requires_grad_(), weight).sum().backward()
