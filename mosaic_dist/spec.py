@@ -180,6 +180,8 @@ def parse(annotation: Any, value: Any, path: str) -> Any:
 
 
 def _parse_scalar(annotation: type, value: Any, path: str) -> Any:
+    if annotation is bool and value in ("true", "false"):  # as YAML has it; the command line knows Python's words
+        return value == "true"
     if annotation is int and isinstance(value, float) and value.is_integer():
         return int(value)
     if annotation is float and isinstance(value, int) and not isinstance(value, bool):

@@ -125,6 +125,13 @@ def test_override_swaps_a_kind_and_keeps_what_both_have():
     assert override(palette, {"colour": {"type": "green"}}).colour == Green(depth=5)
 
 
+def test_truth_is_taken_as_yaml_writes_it():
+    for word, truth in (("true", True), ("false", False), (True, True)):
+        assert override(MODEL, {"blocks.attention.bias": word}).blocks[0].attention.bias is truth
+    with pytest.raises(SpecError, match="expected bool, got 'yes'"):
+        override(MODEL, {"blocks.attention.bias": "yes"})
+
+
 def test_override_checks_after_all_changes():
     both = override(MODEL, {"blocks.ffn.top_k": 6, "blocks.ffn.experts": 8})
     assert both.blocks[1].ffn == MoE(expert=SwiGLU(width=16), experts=8, top_k=6)
