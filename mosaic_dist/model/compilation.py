@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from mosaic_dist.errors import UserError
+from mosaic_dist.model.attention import blocks as attention_blocks
 from mosaic_dist.model.block import BlockModule
 from mosaic_dist.model.moe import MixtureOfExperts
 from mosaic_dist.model.recompute import Recompute
@@ -36,6 +37,9 @@ def compile_blocks(
 
     To be called before `apply_recompute` with the same `recompute`: parts that run again do so from the outside.
     """
+    # here, for torch.compiler.disable imports torch's whole compiler, which other processes do without
+    documents_apart = torch.compiler.disable(attention_blocks._attend_documents)
+    attention_blocks._attend_documents = documents_apart
     blocks: Any = model.blocks
     place = torch.empty(0, device=device).device  # with its index, as tensors have it
     # the limit is one of all blocks together, for they share their code, and each may be of a kind of its own

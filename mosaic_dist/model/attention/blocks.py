@@ -56,7 +56,6 @@ def attend_in_sight(
     )
 
 
-@torch.compiler.disable
 def _attend_documents(
     q_BNTH: Tensor,
     k_BGTH: Tensor,
@@ -66,7 +65,7 @@ def _attend_documents(
     sinks_N1: Tensor | None,
     dropout: float,
 ) -> Tensor:
-    """Every document as a sequence of its own. Shapes change with every batch, so this is not compiled."""
+    """Every document as a sequence of its own. Shapes change with every batch: compiled blocks leave this out."""
     B, _, T, _ = q_BNTH.shape
     cuts = sight.cuts(B)
     of_tokens = [x.transpose(1, 2).flatten(0, 1) for x in (q_BNTH, k_BGTH, v_BGTU)]
