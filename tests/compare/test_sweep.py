@@ -183,8 +183,13 @@ def test_a_launcher_that_is_not_there(sheet, tmp_path):
         processes.run_all(planned, "no_such_program")
 
 
-def test_launchers_are_those_of_the_interpreter(sheet, launcher, tmp_path):
+def test_launchers_are_those_of_the_interpreter(sheet, launcher, tmp_path, monkeypatch):
     """Also where its environment is not activated, and PATH leads to another python."""
+    other = tmp_path / "other" / "python"
+    other.parent.mkdir()
+    other.write_text("#!/bin/sh\n")
+    other.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{other.parent}{os.pathsep}{os.environ['PATH']}")
     (tmp_path / "stub.sh").write_text('command -v python >>"$CALLS"; exit 1')
     processes.run_all(plan_runs(read_spec(Sweep, sheet), {}, tmp_path / "out"), launcher)
     found = (tmp_path / "calls").read_text().split()
