@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mosaic_dist.model.attention.cpu_kernel import attend_triangle, serves_triangle
+
 Kernel = Literal["sdpa", "explicit"]
 ALIGNED_WIDTH = 8
 """The memory-efficient kernel, which serves masks, wants heads whose width is a multiple of it (PyTorch's
@@ -46,6 +48,8 @@ def attend(
             q_BNTH = functional.pad(q_BNTH, (0, 0, 1, 0))
         else:
             mask = functional.pad(mask, (1, 0), value=float(mask.dtype == torch.bool))
+    if mask is None and serves_triangle(q_BNTH, dropout):
+        return attend_triangle(q_BNTH, k_BGSH, v_BGSU, scale)[:, :, -T:]
     width = max(q_BNTH.shape[-1], U)  # the kernels that need no [T, S] at all want one width
     q_BNTH, k_BGSH, v_BGSU = (
         x if x.shape[-1] == width else functional.pad(x, (0, width - x.shape[-1])) for x in (q_BNTH, k_BGSH, v_BGSU)

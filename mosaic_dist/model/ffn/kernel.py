@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from mosaic_dist.model.products import multiply, multiply_into, rounded_rows
 from mosaic_dist.model.rows import Rows, gather, spread
 
 Activate = Callable[..., Tensor]
@@ -48,7 +49,9 @@ def run_in_turn(x_SD: Tensor, rows: Rows, activate: Activate, inputs: Sequence[L
 class _InTurn(torch.autograd.Function):
     """`flat`: weight and bias, or None, of each layer that reads the tokens, and of down.
 
-    For few rows the calls themselves count: `index_select` is the short way to rows, one `unbind` that to matrices.
+    For few rows the calls themselves count: `index_select` is the short way to rows, one `unbind` that to matrices. An
+    expert's r rows become p, the number that the products want; those after them are zeros where they are read, and
+    what they give is left out.
     """
 
     @staticmethod
@@ -60,11 +63,11 @@ class _InTurn(torch.autograd.Function):
         hidden: list[Tensor] = []
         for e, (tokens_r, weights_r) in enumerate(zip(tokens_R.split(counts), weights_R.split(counts), strict=True)):
             if counts[e]:
-                x_rD = x_SD.index_select(0, tokens_r)
-                hidden_rF = [stack.apply(x_rD, e) for stack in readers]
-                out_rD = down.apply(activate(*hidden_rF), e)
-                out_SD.index_add_(0, tokens_r, out_rD.mul_(weights_r[:, None]))
-                hidden += hidden_rF
+                x_pD = _select(x_SD, tokens_r, rounded_rows(x_SD, down.weight_IO[e], counts[e]))
+                hidden_pF = [stack.apply(x_pD, e) for stack in readers]
+                out_pD = down.apply(activate(*hidden_pF), e)
+                out_SD.index_add_(0, tokens_r, out_pD[: counts[e]].mul_(weights_r[:, None]))
+                hidden += hidden_pF
         ctx.activate, ctx.counts, ctx.tensors = activate, counts, len(flat)
         ctx.save_for_backward(x_SD, tokens_R, weights_R, *flat, *hidden)
         return out_SD
@@ -79,28 +82,41 @@ class _InTurn(torch.autograd.Function):
         grad_x_SD, grad_weights_R = torch.zeros_like(x_SD), torch.empty_like(weights_R)
         split = (tensor.split(ctx.counts) for tensor in (tokens_R, weights_R, grad_weights_R))
         for e, (tokens_r, weights_r, grad_weights_r) in enumerate(zip(*split, strict=True)):
-            if not ctx.counts[e]:
+            r = ctx.counts[e]
+            if not r:
                 for stack in (*grad_readers, grad_down):
                     stack.clear(e)
                 continue
-            x_rD, grad_rD = x_SD.index_select(0, tokens_r), grad_SD.index_select(0, tokens_r)
-            hidden_rF = [next(hidden).detach().requires_grad_() for _ in readers]
+            hidden_pF = [next(hidden).detach().requires_grad_() for _ in readers]
             with torch.enable_grad():
-                active_rF = ctx.activate(*hidden_rF)
+                active_pF = ctx.activate(*hidden_pF)
+            x_pD, grad_pD = (_select(tensor, tokens_r, len(active_pF)) for tensor in (x_SD, grad_SD))
             # the gradient of the activation but for the row's weight, whose own gradient needs it
-            grad_rF = torch.mm(grad_rD, down.turned_OI[e])
-            torch.linalg.vecdot(active_rF.detach(), grad_rF, out=grad_weights_r)
+            grad_pF = multiply(grad_pD, down.turned_OI[e])
+            torch.linalg.vecdot(active_pF[:r].detach(), grad_pF[:r], out=grad_weights_r)
             if down.bias_O is not None:
-                grad_weights_r += grad_rD @ down.bias_O[e]
-            grad_down.take(active_rF.detach(), grad_rD.mul_(weights_r[:, None]), e)
-            grads_rF = torch.autograd.grad(active_rF, hidden_rF, grad_rF.mul_(weights_r[:, None]))
-            grad_x_rD: Any = None
-            for stack, grad_stack, grad_rF in zip(readers, grad_readers, grads_rF, strict=True):
-                grad_stack.take(x_rD, grad_rF, e)
-                back_FD = stack.turned_OI[e]
-                grad_x_rD = grad_rF @ back_FD if grad_x_rD is None else grad_x_rD.addmm_(grad_rF, back_FD)
-            grad_x_SD.index_add_(0, tokens_r, grad_x_rD)
+                grad_weights_r += grad_pD[:r] @ down.bias_O[e]
+            grad_pD[:r] *= weights_r[:, None]
+            grad_pF[:r] *= weights_r[:, None]
+            grad_down.take(active_pF.detach(), grad_pD, e)
+            grads_pF = torch.autograd.grad(active_pF, hidden_pF, grad_pF)
+            grad_x_pD: Any = None
+            for stack, grad_stack, grad_pF in zip(readers, grad_readers, grads_pF, strict=True):
+                grad_stack.take(x_pD, grad_pF, e)
+                grad_x_pD = multiply(grad_pF, stack.turned_OI[e], added_RO=grad_x_pD)
+            grad_x_SD.index_add_(0, tokens_r, grad_x_pD[:r])
         return None, None, grad_x_SD, None, grad_weights_R, *grad_flat
+
+
+def _select(x_SD: Tensor, tokens_r: Tensor, p: int) -> Tensor:
+    """The rows of these tokens, and zeros after them, p in all."""
+    r = len(tokens_r)
+    if p == r:
+        return x_SD.index_select(0, tokens_r)
+    x_pD = x_SD.new_empty(p, x_SD.shape[1])
+    torch.index_select(x_SD, 0, tokens_r, out=x_pD[:r])
+    x_pD[r:] = 0
+    return x_pD
 
 
 class _Stack:
@@ -110,17 +126,15 @@ class _Stack:
         self.weight_IO, self.turned_OI = weight_eIO.unbind(), weight_eIO.mT.unbind()
         self.bias_O = None if bias_eO is None else bias_eO.unbind()
 
-    def apply(self, x_rI: Tensor, e: int) -> Tensor:
+    def apply(self, x_pI: Tensor, e: int) -> Tensor:
         """What expert e gives for its rows."""
-        if self.bias_O is None:
-            return torch.mm(x_rI, self.weight_IO[e])
-        return torch.addmm(self.bias_O[e], x_rI, self.weight_IO[e])
+        return multiply(x_pI, self.weight_IO[e], None if self.bias_O is None else self.bias_O[e])
 
-    def take(self, x_rI: Tensor, grad_rO: Tensor, e: int) -> None:
+    def take(self, x_pI: Tensor, grad_pO: Tensor, e: int) -> None:
         """Write the gradients of expert e."""
-        torch.mm(x_rI.T, grad_rO, out=self.weight_IO[e])
+        multiply_into(self.weight_IO[e], x_pI, grad_pO)
         if self.bias_O is not None:
-            torch.sum(grad_rO, 0, out=self.bias_O[e])
+            torch.sum(grad_pO, 0, out=self.bias_O[e])
 
     def clear(self, e: int) -> None:
         """Write zeros for expert e."""
