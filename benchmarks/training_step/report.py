@@ -16,12 +16,14 @@ def render(results: list[dict[str, Any]], facts: dict[str, Any]) -> str:
         "",
         "A step is forward, loss, backward, clipping and AdamW on one micro-batch. All start from the same weights and "
         "see the same random tokens. Under DeepSpeed (ZeRO-1): ours, `transformers` (the architecture named) and "
-        "`autoep` (the same with DeepSpeed's AutoEP layers); `plain` is GPT-2 by hand in plain PyTorch. Each has the "
-        "precision in which it is faster. Ours computes its balance loss, the others none.",
+        "`autoep` (the same with DeepSpeed's AutoEP layers); `plain` is GPT-2 by hand in plain PyTorch. Each is a "
+        "process of its own, as its users run it, in the precision in which it is faster. `memory kept` is given what "
+        "our runs ask of malloc besides: large blocks that are freed stay in the process. Ours computes its balance "
+        "loss, the others none.",
         "",
         "TFLOP/s and MFU count 6 operations per active matrix weight and token and those of causal attention "
         "(`model.count.flops_per_token`). MFU is relative to the ceiling: the step's own dominant matrix products "
-        "alone, at their best of five tries, in the contender's precision. Peak is of all tensors: "
+        "alone, at their best of five tries by either library, in the contender's precision. Peak is of all tensors: "
         f"{facts['memory']}.",
         "",
         "| recipe | contender | precision | tokens/s | ours is | TFLOP/s | MFU | peak GiB | first loss |",
@@ -37,7 +39,8 @@ def render(results: list[dict[str, Any]], facts: dict[str, Any]) -> str:
 
 def _row(result: dict[str, Any], name: str) -> str:
     found = result["contenders"][name]
-    label = f"transformers ({result['twin']})" if name == "transformers" else name
+    kept = ", memory kept" if name.endswith("_kept") else ""
+    label = f"transformers ({result['twin']}){kept}" if name.startswith("transformers") else name
     ratio = "" if name == "ours" else f"{result['times'][name]:.2f}x"
     figures = (
         f"{found['tokens_per_second']:,.0f}",
@@ -70,7 +73,7 @@ def _phases(results: list[dict[str, Any]]) -> list[str]:
 def compare(new: list[dict[str, Any]], old: list[dict[str, Any]]) -> str:
     """For people: tokens/s now as a multiple of those before, of each row that both have."""
     before = {result["recipe"]: result for result in old}
-    rows = [f"{'recipe':<16} {'contender':<14} {'new/old tokens/s':>16} {'new/old peak':>13} {'lead: new (old)':>18}"]
+    rows = [f"{'recipe':<16} {'contender':<18} {'new/old tokens/s':>16} {'new/old peak':>13} {'lead: new (old)':>18}"]
     for result in new:
         was = before.get(result["recipe"], {"contenders": {}})
         rows += [_change(result, was, name) for name in result["contenders"] if name in was["contenders"]]
@@ -80,7 +83,7 @@ def compare(new: list[dict[str, Any]], old: list[dict[str, Any]]) -> str:
 def _change(now: dict[str, Any], was: dict[str, Any], name: str) -> str:
     speed, peak = ratios(now["contenders"][name], was["contenders"][name])
     lead = "" if name == "ours" else f"{now['times'][name]:.2f} ({was['times'][name]:.2f})"
-    return f"{now['recipe']:<16} {name:<14} {speed:>16.2f} {peak:>13.2f} {lead:>18}"
+    return f"{now['recipe']:<16} {name:<18} {speed:>16.2f} {peak:>13.2f} {lead:>18}"
 
 
 def ratios(now: dict[str, Any], was: dict[str, Any]) -> tuple[float, float]:

@@ -25,8 +25,8 @@ def _grouped_flops(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
 if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # see model/products.py
 
     @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
-    def _linear_flops(x_shape: Any, weight_shape: Any, *_: Any, **__: Any) -> int:
-        return 2 * x_shape.numel() * weight_shape[0]
+    def _linear_flops(x_shape: Any, *_: Any, out_shape: Any, **__: Any) -> int:
+        return 2 * x_shape.numel() * out_shape[-1]
 
 
 FLOPS: ChainMap[Any, Any] = ChainMap(

@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 from mosaic_dist.data.batch import Batch
 from mosaic_dist.data.stream import Loader, ValidationBatches
 from mosaic_dist.errors import UserError
+from mosaic_dist.memory import old_objects_left_alone
 from mosaic_dist.optim import Spikes
 from mosaic_dist.parallel import Engine, StepResult
 from mosaic_dist.parallel.engine import HeldOut
@@ -88,7 +89,7 @@ class Trainer:
 
     def train(self, hooks: Sequence["Hook"]) -> None:
         """Take steps until the end; after each, every hook has its turn, in order."""
-        with contextlib.closing(shielded(self.loader)) as batches:
+        with contextlib.closing(shielded(self.loader)) as batches, old_objects_left_alone():
             while not self.is_ending:
                 step, started = self.progress.step + 1, time.perf_counter()
                 self.entered(step, "data")

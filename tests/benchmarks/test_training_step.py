@@ -11,7 +11,8 @@ import torch
 pytest.importorskip("transformers")
 
 from benchmarks.training_step.cases import SIZES, Size, make_case
-from benchmarks.training_step.measure import Product, Products, best_peer, dominant, rotated, times
+from benchmarks.training_step.ceiling import Product, Products, dominant
+from benchmarks.training_step.measure import best_peer, rotated, times
 from benchmarks.training_step.report import compare, ratios, render
 from tests.launch import ROOT, clean_environment
 

@@ -113,6 +113,9 @@ def test_operations_are_counted() -> None:
     with FlopCounterMode(display=False) as counter:
         products.linear(x.requires_grad_(), weight).sum().backward()
     assert counter.get_total_flops() == 3 * 2 * 12 * 24 * 40
+    with FlopCounterMode(display=False) as counter:
+        products.multiply(_drawn(5, 24), _drawn(24, 40), added_RO=_drawn(5, 40))
+    assert counter.get_total_flops() == 2 * 5 * 24 * 40
 
 
 def test_what_stays_with_torch() -> None:
