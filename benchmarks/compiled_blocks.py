@@ -6,22 +6,18 @@ time of the compilation, into an empty cache.
 """
 
 import dataclasses
-import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Literal
 
 import torch
 
-from benchmarks.moe_layer import hardware
+from benchmarks.circumstances import circumstances, heading, write_results
 from mosaic_dist.cli import run_command
-from mosaic_dist.files import write_atomic
 from mosaic_dist.model import (
     GQA,
     Block,
@@ -155,18 +151,14 @@ def compiled_blocks(
                 spec = model_of(kind, dim, layers, tokens)
                 results.append(measure(kind, spec, getattr(torch, dtype), device, batch, rounds, clock))
                 print(table(results[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    text = (
-        f"# Compiled blocks beside plain ones, forward and backward\n\n"
-        f"`python -m benchmarks.compiled_blocks {' '.join(sys.argv[1:])}` at commit {commit}, torch "
-        f"{torch.__version__}, {hardware(device)}; {layers} layers of width {dim}, {batch} x {tokens} tokens, medians "
-        f"of {rounds} rounds, {clock} time.\n\n{table(results)}\n"
+    facts = circumstances("benchmarks.compiled_blocks")
+    page = (
+        f"{heading('Compiled blocks beside plain ones, forward and backward', facts)} {layers} layers of width {dim}, "
+        f"{batch} x {tokens} tokens, medians of {rounds} rounds, {clock} time.\n\n{table(results)}"
     )
-    print(text)
+    print(page)
     if output is not None:
-        write_atomic(output, text)
-        figures = [dataclasses.asdict(result) for result in results]
-        write_atomic(Path(output).with_suffix(".json"), json.dumps(figures, indent=2) + "\n")
+        write_results(output, page, facts, [dataclasses.asdict(result) for result in results])
 
 
 if __name__ == "__main__":

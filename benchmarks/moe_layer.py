@@ -8,21 +8,19 @@ hf                the block of Mixtral in `transformers`
 autoep            DeepSpeed's AutoEP layer, made from that block
 deepspeed         `deepspeed.moe.layer.MoE`, no token dropped: every expert is padded to the fullest
 deepspeed_drop    the same with capacity factor 1: less work, another result
-ceiling           the same products on as many rows, by one dense network: no layer can be faster
+torch.mm          the same products on as many rows by one dense network, and nothing else: the ceiling
+oneDNN            the same in float32 on a CPU by torch's other library, which our layer takes where it is faster
 
 Contenders that need an expert's weights in another form get them so, copied; what they compute is compared with ours.
 """
 
 import gc
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -31,8 +29,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralSparseMoeBlock
 
+from benchmarks.circumstances import circumstances, heading, write_results
 from mosaic_dist.cli import run_command
-from mosaic_dist.files import write_atomic
+from mosaic_dist.memory import old_objects_left_alone
 from mosaic_dist.model import MixtureOfExperts, MoE, SwiGLU, TopKSoftmax
 from mosaic_dist.parallel import join_world, leave_world
 
@@ -168,7 +167,7 @@ def enter(layer: nn.Module, x_BTD: Tensor, direction_BTD: Tensor) -> Contender:
     return Contender(step, parameters)
 
 
-def ceiling(size: Size, x_BTD: Tensor) -> Contender:
+def dense(size: Size, x_BTD: Tensor, multiply: Callable[[Tensor, Tensor], Tensor]) -> Contender:
     """The nine products of a dense SwiGLU network on S * K rows, and nothing else."""
     R = size.S * size.K
     x, hidden = x_BTD.new_empty(R, size.D).normal_(), x_BTD.new_empty(R, size.F).normal_()
@@ -177,11 +176,20 @@ def ceiling(size: Size, x_BTD: Tensor) -> Contender:
     @torch.no_grad()
     def step() -> tuple[Tensor, Tensor]:
         for _ in ("gate", "up"):
-            torch.mm(x, into), torch.mm(hidden, into.T), torch.mm(x.T, hidden)
-        torch.mm(hidden, back), torch.mm(x, back.T), torch.mm(hidden.T, x)
+            multiply(x, into), multiply(hidden, into.T), multiply(x.T, hidden)
+        multiply(hidden, back), multiply(x, back.T), multiply(hidden.T, x)
         return x, x
 
     return Contender(step, [])
+
+
+def ceilings(size: Size, x_BTD: Tensor) -> dict[str, Contender]:
+    """Dense products by the libraries that torch has for them."""
+    libraries: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"torch.mm": torch.mm}
+    if x_BTD.dtype == torch.float32 and not x_BTD.is_cuda and torch.backends.mkldnn.is_available():
+        linear = torch.ops.mkldnn._linear_pointwise
+        libraries["oneDNN"] = lambda a, b: linear(a, b.T, None, "none", [], "")
+    return {name: dense(size, x_BTD, multiply) for name, multiply in libraries.items()}
 
 
 def contenders(size: Size, device: torch.device, dtype: torch.dtype) -> dict[str, Contender]:
@@ -193,7 +201,7 @@ def contenders(size: Size, device: torch.device, dtype: torch.dtype) -> dict[str
     if 4 * size.S * size.S * size.K * 2 <= MOST_ROUTING_BYTES:  # routing is rarely worse than twice the even share
         layers |= {"deepspeed": make_deepspeed(block, size, False), "deepspeed_drop": make_deepspeed(block, size, True)}
     ring = {name: enter(layer, x, direction) for name, layer in layers.items()}
-    return ring | {"ceiling": ceiling(size, x)}
+    return ring | ceilings(size, x)
 
 
 def kept_bytes(contender: Contender, device: torch.device) -> int:
@@ -245,9 +253,10 @@ def difference(ring: dict[str, Contender], name: str) -> float:
 def measure(size: Size, rounds: int, device: torch.device, dtype: torch.dtype) -> list[str]:
     """Table rows of one size."""
     ring = contenders(size, device, dtype)
-    differs = {name: difference(ring, name) for name in ring if name not in ("ours", "ceiling")}
+    differs = {name: difference(ring, name) for name in ring if name != "ours" and ring[name].parameters}
     kept = {name: kept_bytes(contender, device) for name, contender in ring.items()}
-    seconds = time_rounds(ring, rounds, device)
+    with old_objects_left_alone():
+        seconds = time_rounds(ring, rounds, device)
     median = {name: statistics.median(values) for name, values in seconds.items()}
 
     def ratio(name: str) -> float:
@@ -257,18 +266,9 @@ def measure(size: Size, rounds: int, device: torch.device, dtype: torch.dtype) -
     rows = []
     for name in ring:
         told = f"{differs[name]:.0e}" if name in differs else ""
-        memory = "" if name == "ceiling" else f"{kept[name] / size.S / 1024:.1f}"
+        memory = f"{kept[name] / size.S / 1024:.1f}" if ring[name].parameters else ""
         rows.append(f"| {words} | {name} | {median[name] * 1e3:.1f} | {ratio(name):.2f} | {memory} | {told} |")
     return rows
-
-
-def hardware(device: torch.device) -> str:
-    """What this ran on."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def moe_layer(sizes: str | None = None, rounds: int = 7, dtype: str = "auto", output: str | None = None) -> None:
@@ -283,27 +283,24 @@ def moe_layer(sizes: str | None = None, rounds: int = 7, dtype: str = "auto", ou
     deepspeed.init_distributed(dist_init_required=False)
     device = world.device
     kind = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32}.get(dtype) or getattr(torch, dtype)
-    table = [
-        "| layer | contender | ms | times ours | KiB per token | differs |",
-        "|---|---|---:|---:|---:|---:|",
-    ]
+    table = ["| layer | contender | ms | times ours | KiB per token | differs |", "|---|---|---:|---:|---:|---:|"]
     for words in (sizes or (GPU_SIZES if device.type == "cuda" else CPU_SIZES)).split():
         rows = measure(Size(*map(int, words.split("x"))), rounds, device, kind)
         table += rows
         print("\n".join(rows), file=sys.stderr, flush=True)
         gc.collect()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     memory = "at the peak" if device.type == "cuda" else "kept between forward and backward"
-    text = (
-        f"# One mixture-of-experts layer, forward and backward\n\n"
-        f"`python -m benchmarks.moe_layer {' '.join(sys.argv[1:])}` at commit {commit}, torch {torch.__version__}, "
-        f"deepspeed {deepspeed.__version__}, {hardware(device)}, {str(kind).removeprefix('torch.')}; medians of "
-        f"{rounds} rounds. KiB per token: {memory}, weights left out. Differs: largest difference from ours in output "
-        f"and input gradient, relative to the largest value.\n\n" + "\n".join(table) + "\n"
+    facts = circumstances("benchmarks.moe_layer")
+    page = (
+        f"{heading('One mixture-of-experts layer, forward and backward', facts)} {str(kind).removeprefix('torch.')}; "
+        f"medians of {rounds} rounds. KiB per token: {memory}, weights left out. Differs: largest difference from ours "
+        "in output and input gradient, relative to the largest value. `torch.mm` and `oneDNN` are the products of a "
+        "dense network on as many rows: they read one expert's weights instead of all, so no layer with few rows per "
+        "expert gets near.\n\n" + "\n".join(table)
     )
-    print(text)
+    print(page)
     if output:
-        write_atomic(output, text)
+        write_results(output, page, facts, table[2:])
     leave_world()
 
 
