@@ -109,11 +109,12 @@ def _goes_to_onednn(x: Tensor, weight: Tensor, multiplications: int, least: int)
 @cache
 def _onednn_is_faster() -> bool:
     """Whether this is an AMD CPU with AVX-512, and torch has the product."""
+    return hasattr(torch.ops.mkldnn, "_linear_pointwise") and is_avx512_cpu_with("AuthenticAMD")
+
+
+@cache
+def is_avx512_cpu_with(word: str) -> bool:
+    """Whether torch computes with AVX-512 and oneDNN here, on a CPU that Linux describes by this word among others."""
     about = Path("/proc/cpuinfo")
-    return (
-        torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-        and about.exists()
-        and "AuthenticAMD" in about.read_text()
-    )
+    able = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return able and about.exists() and word in about.read_text().split()

@@ -23,7 +23,7 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """On any CPU, in blocks of 8 queries and of one or several heads."""
     monkeypatch.setattr(cpu_kernel, "BLOCK_QUERIES", 8)
     monkeypatch.setattr(cpu_kernel, "BLOCK_SCORES", 2 * 8 * 24)
-    monkeypatch.setattr(cpu_kernel, "_multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(cpu_kernel, "is_avx512_cpu_with", lambda word: True)
 
 
 def formula(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:

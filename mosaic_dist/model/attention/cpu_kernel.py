@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mosaic_dist.model.products import is_avx512_cpu_with
+
 BLOCK_QUERIES = 256
 BLOCK_SCORES = 2**22
 """At a time, where that leaves a head: 8 MiB of them."""
@@ -29,14 +31,8 @@ def serves_triangle(q_BNTH: Tensor, dropout: float) -> bool:
         and q_BNTH.dtype == torch.bfloat16
         and not dropout
         and not torch.compiler.is_compiling()
-        and _multiplies_bfloat16()
+        and is_avx512_cpu_with("avx512_bf16")
     )
-
-
-@cache
-def _multiplies_bfloat16() -> bool:
-    able = torch.backends.cpu.get_cpu_capability().startswith("AVX512") and torch.backends.mkldnn.is_available()
-    return able and torch.cpu._is_avx512_bf16_supported()
 
 
 def attend_triangle(q_BNTH: Tensor, k_BGTH: Tensor, v_BGTU: Tensor, scale: float) -> Tensor:
@@ -112,4 +108,4 @@ def _scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
 @cache
 def _hidden(queries: int) -> Tensor:
     """Minus infinity where a query of a block does not see a key of the same block."""
-    return torch.full((queries, queries), -math.inf, dtype=torch.bfloat16).triu(1)
+    return torch.full((queries, queries), -math.inf, dtype=torch.bfloat16, device="cpu").triu(1)
