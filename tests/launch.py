@@ -3,8 +3,10 @@
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import IO
 
 from mosaic_dist.parallel.world import free_port
 
@@ -22,6 +24,7 @@ def run_ranks(module: str, ranks: int, *words: str, timeout: float = 240) -> lis
     """Run `python -m module words...` as so many ranks and wait. When one fails, the others are killed."""
     port = str(free_port())
     processes = []
+    told = [tempfile.TemporaryFile("w+") for _ in range(ranks)]  # noqa: SIM115 - not pipes, which hold up when full
     for rank in range(ranks):
         settings = {
             "RANK": str(rank),
@@ -36,7 +39,7 @@ def run_ranks(module: str, ranks: int, *words: str, timeout: float = 240) -> lis
                 cwd=ROOT,
                 env=environment,
                 text=True,
-                stdout=subprocess.PIPE,
+                stdout=told[rank],
                 stderr=subprocess.STDOUT,
             )
         )
@@ -50,11 +53,14 @@ def run_ranks(module: str, ranks: int, *words: str, timeout: float = 240) -> lis
     for process in processes:
         if process.poll() is None:
             process.kill()
-    outputs = [process.communicate()[0] for process in processes]
-    return [
-        subprocess.CompletedProcess(process.args, process.returncode, output)
-        for process, output in zip(processes, outputs, strict=True)
-    ]
+    return [_ended(process, output) for process, output in zip(processes, told, strict=True)]
+
+
+def _ended(process: subprocess.Popen[str], told: IO[str]) -> subprocess.CompletedProcess[str]:
+    process.wait()
+    with told:
+        told.seek(0)
+        return subprocess.CompletedProcess(process.args, process.returncode, told.read())
 
 
 def check(done: list[subprocess.CompletedProcess[str]]) -> str:

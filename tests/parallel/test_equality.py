@@ -81,10 +81,12 @@ def test_float32_is_the_plain_loop(trained, case):
 def test_bfloat16_is_one_process_but_for_rounding(trained, case):
     """A bfloat16 number is off by up to 2**-9; micro-batches, ranks and stages round other sums, ten or so in a row.
 
-    Adam's first steps are as large for the smallest gradient, so single weights say nothing; all of them together do.
+    Adam's first steps are as large for the smallest gradient, so single weights say nothing; all of them together do,
+    and what they give in later steps is off by twice as much as in the first one.
     """
     got, expected = trained[case], trained[Case(1, 1, 1, 2, "bf16")]
-    torch.testing.assert_close(got["told/results"][:, :3], expected["told/results"][:, :3], rtol=2**-8, atol=0.0)
+    for step, (told, right) in enumerate(zip(got["told/results"], expected["told/results"], strict=True)):
+        torch.testing.assert_close(told[:3], right[:3], rtol=2**-7 if step else 2**-8, atol=0.0)
     for name, gradient in part(expected, "gradient").items():
         assert deviation(got[f"gradient/{name}"], gradient) < 2**-6, name
     weights = [torch.cat([w.flatten() for w in part(t, "weight").values()]) for t in (got, expected)]
