@@ -4,6 +4,7 @@ import logging
 import os
 import socket
 import time
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -189,8 +190,10 @@ def _tame_deepspeed() -> None:
     """Let DeepSpeed say only what is wrong (DS_LOG_LEVEL asks for more) and not compile what is not used.
 
     On CPU it would build a shared-memory all-reduce for inference at every first start (20 to 40 s); training goes
-    through gloo.
+    through gloo. That it calls collectives by names which torch 2.14 deprecates is nothing a user can mend.
     """
+    calls = r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
+    warnings.filterwarnings("ignore", calls, FutureWarning)
     if "DS_LOG_LEVEL" not in os.environ:
         deepspeed_logger.setLevel(logging.ERROR)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
