@@ -30,7 +30,16 @@ if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # see model/products.py
 
 
 FLOPS: ChainMap[Any, Any] = ChainMap(
-    {aten._grouped_mm: _grouped_flops, aten.addmm_: flop_registry[aten.addmm]}, flop_registry
+    {
+        aten._grouped_mm: _grouped_flops,
+        aten.addmm_: flop_registry[aten.addmm],
+        # torch has these since 2.15 only
+        aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+            aten._scaled_dot_product_flash_attention_backward
+        ],
+    },
+    flop_registry,
 )
 """Formulas by operation: torch's, with what others register there, and of products that nobody counts."""
 
