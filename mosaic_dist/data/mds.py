@@ -10,9 +10,10 @@ and never checks the hash of a local file. The shards, the index and the shuffle
 them leaves nothing on the host and knows no rank.
 """
 
+import collections
 import importlib
 import os
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -54,7 +55,7 @@ def open_writer(folder: str, dtype: str, length: int, compression: str | None, s
 
 
 def import_for_reading() -> None:
-    """Import what the functions below need, which takes seconds, so that workers that are forked later have it."""
+    """Import what the functions below need, which takes seconds: at the start, not within a step."""
     for part in ("compression", "hashing", "shuffle"):
         _streaming(part)
 
@@ -74,13 +75,13 @@ def check_entry(entry: dict[str, Any], dtype: str, length: int) -> None:
         raise ValueError(f"{entry['samples']} samples in {entry['raw_data']}, {entry['compression']!r}")
 
 
-def first_row(file: BinaryIO, rows: int, row_bytes: int) -> int:
+def first_row(descriptor: int, rows: int, row_bytes: int) -> int:
     """Where the rows of an MDS shard begin, all of one size: row i lies at `first_row + i * row_bytes`.
 
     A shard is the number of rows, where each begins and the last ends (uint32 all), a description, and the rows.
     ValueError where it holds another number of rows, or rows of other sizes.
     """
-    head = np.frombuffer(os.pread(file.fileno(), 4 * (rows + 2), 0), np.uint32).astype(np.int64)
+    head = np.frombuffer(os.pread(descriptor, 4 * (rows + 2), 0), np.uint32).astype(np.int64)
     if len(head) != rows + 2 or head[0] != rows or (np.diff(head[1:]) != row_bytes).any():
         raise ValueError(f"its head does not tell {rows} rows of {row_bytes} bytes")
     return int(head[1])
@@ -97,14 +98,17 @@ def download(url: str, path: str, timeout_seconds: float) -> None:
     if scheme != "file" and scheme not in storage.DOWNLOADER_MAPPINGS:
         known = sorted({*filter(None, storage.DOWNLOADER_MAPPINGS), "file"})
         raise UserError(f"nothing here fetches {url}: known are {', '.join(f'{name}://' for name in known)}")
-    place, key = url.removeprefix("file://"), (os.getpid(), scheme)
-    downloader = _downloaders.pop(key, None) or storage.CloudDownloader.get(place)
+    place = url.removeprefix("file://")
+    try:
+        downloader = _idle_downloaders[scheme].pop()
+    except IndexError:
+        downloader = storage.CloudDownloader.get(place)
     downloader.download(place, path, timeout_seconds)
-    _downloaders[key] = downloader  # not after a failure: the next attempt makes a new one
+    _idle_downloaders[scheme].append(downloader)  # not after a failure: the next attempt makes a new one
 
 
-_downloaders: dict[tuple[int, str], Any] = {}
-"""By process and scheme: a client takes long to make, and its connections must not be shared with a forked worker."""
+_idle_downloaders: collections.defaultdict[str, list[Any]] = collections.defaultdict(list)
+"""By scheme: a client takes long to make, and one at a time uses it."""
 
 
 def file_hash(algorithm: str, data: bytes) -> str:

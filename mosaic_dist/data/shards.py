@@ -1,16 +1,18 @@
 """Random access to the samples of a split, from MDS shards that are checked before they are believed.
 
-Every process reads by itself: no shared memory, no process group, nothing left behind by kill -9, and any number of
-jobs on one host. A missing, cut or altered shard is a UserError that names the file. Rows are read from open files, one
-call each; not from maps of them, since a file that is cut while it is mapped ends the process without a word.
+Every process reads by itself, with any number of threads: no shared memory, no process group, nothing left behind by
+kill -9, and any number of jobs on one host. A missing, cut or altered shard is a UserError that names the file. Rows
+are read from open files, one call each; not from maps of them, since a file that is cut while it is mapped ends the
+process without a word.
 """
 
 import functools
 import os
 import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -33,12 +35,21 @@ class Samples(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, samples: np.ndarray) -> np.ndarray:
-        """Tokens [B, seq_len + 1] of samples given by number, in `dtype`."""
+        """Tokens [B, seq_len + 1] of samples given by number, in `dtype`. Several threads may read at a time."""
 
 
-class _Opened(NamedTuple):
-    file: BinaryIO
-    first_row: int
+class _Opened:
+    """A shard's file, closed when the last thread that reads from it is done."""
+
+    def __init__(self, path: Path, rows: int, row_bytes: int):
+        """ValueError where the file holds other rows, OSError where it cannot be read."""
+        self.path = path
+        self.descriptor = os.open(path, os.O_RDONLY)
+        self.first_row = mds.first_row(self.descriptor, rows, row_bytes)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
 
 
 class Shards:
@@ -72,7 +83,10 @@ class Shards:
         self.shard_samples = np.array([entry["samples"] * self.parts for entry in self.entries], np.int64)
         self.ends = self.shard_samples.cumsum()
         self._ready: set[int] = set()
+        self._turns = [threading.Lock() for _ in self.entries]
+        """A shard is made ready by one thread."""
         self._opened: dict[int, _Opened] = {}  # in order of use
+        self._opened_lock = threading.Lock()
         mds.import_for_reading()
 
     def _entries(self, info: DatasetInfo, split: str) -> list[dict[str, Any]]:
@@ -100,33 +114,36 @@ class Shards:
         offsets = rows * self.row_bytes + parts * self.seq_len * self.dtype.itemsize
         for row_T, shard, offset in zip(tokens_BT, shards.tolist(), offsets.tolist(), strict=True):
             opened = self._open(shard)
-            if os.preadv(opened.file.fileno(), [row_T], opened.first_row + offset) != row_T.nbytes:
-                raise UserError(f"shard {opened.file.name} was cut while it was read; {self.mend}")
+            if os.preadv(opened.descriptor, [row_T], opened.first_row + offset) != row_T.nbytes:
+                raise UserError(f"shard {opened.path} was cut while it was read; {self.mend}")
         return tokens_BT
 
     def _open(self, shard: int) -> _Opened:
-        """A shard, checked at its first use. Where many are open, the one whose last use is longest ago is closed."""
-        opened = self._opened.pop(shard, None)
-        if opened is None:
-            opened = self._open_checked(self.entries[shard], shard in self._ready)
-            self._ready.add(shard)
-            if len(self._opened) >= OPEN_FILES:
-                self._opened.pop(next(iter(self._opened))).file.close()
-        self._opened[shard] = opened
+        """A shard, checked at its first use. Where many are open, the one whose last use is longest ago is let go."""
+        with self._opened_lock:
+            opened = self._opened.pop(shard, None)
+            if opened is not None:
+                self._opened[shard] = opened
+                return opened
+        opened = self._open_checked(shard)
+        with self._opened_lock:
+            self._opened[shard] = opened
+            if len(self._opened) > OPEN_FILES:
+                self._opened.pop(next(iter(self._opened)))
         return opened
 
-    def _open_checked(self, entry: dict[str, Any], is_ready: bool) -> _Opened:
-        if not is_ready:
-            self._make_ready(entry)
+    def _open_checked(self, shard: int) -> _Opened:
+        entry = self.entries[shard]
+        with self._turns[shard]:
+            if shard not in self._ready:
+                self._make_ready(entry)
+                self._ready.add(shard)
         path = self.folder / entry["raw_data"]["basename"]
         try:
-            file = open(path, "rb", buffering=0)  # noqa: SIM115 - open while it is in use
+            return _Opened(path, entry["samples"], self.row_bytes)
         except OSError as error:
             raise UserError(f"shard {path} cannot be read ({error.strerror}); {self.mend}") from None
-        try:
-            return _Opened(file, mds.first_row(file, entry["samples"], self.row_bytes))
         except ValueError as error:
-            file.close()
             raise UserError(f"shard {path} is damaged: {error}; {self.mend}") from None
 
     def _make_ready(self, entry: dict[str, Any]) -> None:

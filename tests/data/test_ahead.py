@@ -5,11 +5,13 @@ import itertools
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 
 from mosaic_dist.data import Data
-from mosaic_dist.data.ahead import one_ahead
+from mosaic_dist.data.ahead import one_ahead, read_rows
+from mosaic_dist.data.batch import FILLER
 from mosaic_dist.data.stream import Loader, ValidationBatches
 
 
@@ -25,7 +27,6 @@ def test_one_item_is_made_ahead_and_no_more():
 
     ahead = one_ahead(items())
     assert next(ahead) == 0
-    assert threads == {threading.current_thread().name}, "worker processes are forked in the caller's thread"
     allowed.release()
     while len(made) < 2:  # nobody asked for it
         time.sleep(0.001)
@@ -35,7 +36,8 @@ def test_one_item_is_made_ahead_and_no_more():
     assert next(ahead) == 1
     allowed.release()
     assert list(ahead) == [2, 3]
-    assert len(threads) == 2
+    assert len(threads) == 1
+    assert threads != {threading.current_thread().name}
 
 
 def test_an_error_comes_when_its_item_is_asked_for():
@@ -56,6 +58,48 @@ def test_closing_ends_the_thread():
     with contextlib.closing(one_ahead(itertools.count())) as ahead:
         assert next(ahead) == 0
         assert threading.active_count() == before + 1
+    assert threading.active_count() == before
+
+
+class Numbers:
+    """Samples whose one token is their number; remembers in which threads they were read."""
+
+    seq_len, dtype, answer_loss = 0, np.dtype(np.int64), None
+
+    def __init__(self, broken: int | None = None):
+        self.broken, self.threads = broken, set()
+
+    def __len__(self) -> int:
+        return 1000
+
+    def read(self, samples: np.ndarray) -> np.ndarray:
+        self.threads.add(threading.current_thread().name)
+        if self.broken in samples:
+            raise ValueError(f"sample {self.broken}")
+        time.sleep(0.001 * float(np.random.default_rng(samples).random()))
+        return samples[:, None]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_rows_come_in_order_and_leave_no_threads(workers):
+    before, shards = threading.active_count(), Numbers()
+    steps = [np.array([i, FILLER, 2 * i]) for i in range(1, 100)]
+    read = list(read_rows(shards, steps, workers))
+    assert [samples.tolist() for samples, _ in read] == [step.tolist() for step in steps]
+    assert [tokens.tolist() for _, tokens in read] == [[[i], [0], [2 * i]] for i in range(1, 100)]
+    assert len(shards.threads) == max(workers, 1)
+    with contextlib.closing(read_rows(shards, (np.array([i]) for i in itertools.count()), workers)) as rows:
+        next(rows)
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_batch_that_cannot_be_read_is_told_in_its_turn(workers):
+    before = threading.active_count()
+    rows = read_rows(Numbers(broken=5), (np.array([i]) for i in itertools.count()), workers)
+    assert [int(samples[0]) for samples, _ in itertools.islice(rows, 5)] == list(range(5))
+    with pytest.raises(ValueError, match="sample 5"):
+        next(rows)
     assert threading.active_count() == before
 
 

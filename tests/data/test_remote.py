@@ -1,5 +1,6 @@
 """Shards from a bucket, over real HTTP, with all that can go wrong on the way."""
 
+import collections
 import itertools
 import os
 import shutil
@@ -35,7 +36,7 @@ def bucket(dataset, tmp_path, monkeypatch) -> Bucket:
         "NO_PROXY": "127.0.0.1",
     }.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(mds, "_downloaders", {})  # they know another test's address
+    monkeypatch.setattr(mds, "_idle_downloaders", collections.defaultdict(list))  # they know another test's address
     monkeypatch.setattr(remote, "FIRST_PAUSE_SECONDS", 0.01)
     yield served
     served.shutdown()
@@ -67,7 +68,9 @@ def test_the_same_batches_as_from_a_folder(bucket, dataset, tmp_path, workers):
         assert batch.sample_ids == local.sample_ids
         assert (batch.inputs_BT == local.inputs_BT).all()
     shards = [file["raw_data"]["basename"] for file in info.index("train")]
-    assert {name: bucket.gets[name] for name in shards} == dict.fromkeys(shards, 1), "fetched once, by one worker"
+    assert {name: bucket.gets[name] for name in shards} == dict.fromkeys(shards, 1), (
+        "by one of the threads"
+    )
     assert left_overs(tmp_path / "cache") == []
     bucket.gets.clear()
     again = data.load()  # another job

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,6 +44,23 @@ def test_rows_are_those_of_streamings_reader(prepared, monkeypatch):
     descriptors = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if fd.isdigit()
                    if Path(f"/proc/self/fd/{fd}").exists()]  # fmt: skip
     assert sum(str(prepared.path) in name for name in descriptors) == 6  # three of each
+
+
+def test_many_threads_read_more_files_than_are_open(prepared, monkeypatch):
+    """Each shard is checked once, and none is closed while a thread still reads from it."""
+    checked = []
+    make_ready = Shards._make_ready
+    monkeypatch.setattr(Shards, "_make_ready", lambda self, entry: (checked.append(id(entry)), make_ready(self, entry)))
+    expected = Shards(prepared, "train", hashes=False).read(np.arange(prepared.splits["train"].samples))
+    monkeypatch.setattr(shards_module, "OPEN_FILES", 1)
+    checked.clear()
+    made = Shards(prepared, "train")
+    orders = [np.random.default_rng(i).permutation(len(made)) for i in range(8)]
+    with ThreadPoolExecutor(8) as threads:
+        for order, rows in zip(orders, threads.map(made.read, orders), strict=True):
+            assert (rows == expected[order]).all()
+    assert len(checked) == len(set(checked)) == prepared.splits["train"].shards
+    assert len(made._opened) == 1
 
 
 def test_joined_rows_are_numbered_one_after_the_other(dataset, other):

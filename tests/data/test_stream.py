@@ -19,7 +19,7 @@ from mosaic_dist.data.shards import Shards
 from mosaic_dist.data.stream import Loader, ValidationBatches
 from mosaic_dist.errors import UserError
 from mosaic_dist.targets import IGNORE_INDEX
-from tests.data.conftest import SEQ_LEN, assert_gone, children
+from tests.data.conftest import SEQ_LEN, children
 
 BATCH = 8
 
@@ -212,16 +212,15 @@ for batch in Loader(data, data.load(), global_batch=8192, rank=0, world_size=1, 
 
 
 def test_two_jobs_and_a_kill_leave_nothing_behind(dataset):
+    """Reading starts no process: one that is forked while other threads work can wait for ever for a lock of theirs."""
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-c", KILLED, str(dataset.path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "under way\n"
-        workers = children(process.pid)
+        assert children(process.pid) == []
         assert len(take(loader(dataset, workers=2), 5)) == 5  # another job at the same time
         process.kill()
-    assert len(workers) == 2
-    assert_gone(workers)
     assert not [name for name in os.listdir("/dev/shm") if name.endswith("_locals")], "streaming's shared memory"
     assert len(take(loader(dataset, workers=2), 5)) == 5
 
