@@ -271,6 +271,19 @@ def measure(size: Size, rounds: int, device: torch.device, dtype: torch.dtype) -
     return rows
 
 
+def render(rows: list[str], facts: dict[str, Any], rounds: int, device: torch.device, dtype: torch.dtype) -> str:
+    """The page of results."""
+    memory = "at the peak" if device.type == "cuda" else "kept between forward and backward"
+    return (
+        f"{heading('One mixture-of-experts layer, forward and backward', facts)} {str(dtype).removeprefix('torch.')}; "
+        f"medians of {rounds} rounds. KiB per token: {memory}, weights left out. Differs: largest difference from ours "
+        "in output and input gradient, relative to the largest value. `torch.mm` and `oneDNN` are the products of a "
+        "dense network on as many rows: they read one expert's weights instead of all, so no layer with few rows per "
+        "expert gets near.\n\n| layer | contender | ms | times ours | KiB per token | differs |\n"
+        "|---|---|---:|---:|---:|---:|\n" + "\n".join(rows)
+    )
+
+
 def moe_layer(sizes: str | None = None, rounds: int = 7, dtype: str = "auto", output: str | None = None) -> None:
     """Compare one mixture-of-experts layer with its peers and print a table.
 
@@ -283,24 +296,16 @@ def moe_layer(sizes: str | None = None, rounds: int = 7, dtype: str = "auto", ou
     deepspeed.init_distributed(dist_init_required=False)
     device = world.device
     kind = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32}.get(dtype) or getattr(torch, dtype)
-    table = ["| layer | contender | ms | times ours | KiB per token | differs |", "|---|---|---:|---:|---:|---:|"]
+    facts, rows, page = circumstances("benchmarks.moe_layer"), [], ""
     for words in (sizes or (GPU_SIZES if device.type == "cuda" else CPU_SIZES)).split():
-        rows = measure(Size(*map(int, words.split("x"))), rounds, device, kind)
-        table += rows
-        print("\n".join(rows), file=sys.stderr, flush=True)
+        measured = measure(Size(*map(int, words.split("x"))), rounds, device, kind)
+        rows += measured
+        print("\n".join(measured), file=sys.stderr, flush=True)
+        page = render(rows, facts, rounds, device, kind)
+        if output:  # what was measured stays, should the next size be too large
+            write_results(output, page, facts, rows)
         gc.collect()
-    memory = "at the peak" if device.type == "cuda" else "kept between forward and backward"
-    facts = circumstances("benchmarks.moe_layer")
-    page = (
-        f"{heading('One mixture-of-experts layer, forward and backward', facts)} {str(kind).removeprefix('torch.')}; "
-        f"medians of {rounds} rounds. KiB per token: {memory}, weights left out. Differs: largest difference from ours "
-        "in output and input gradient, relative to the largest value. `torch.mm` and `oneDNN` are the products of a "
-        "dense network on as many rows: they read one expert's weights instead of all, so no layer with few rows per "
-        "expert gets near.\n\n" + "\n".join(table)
-    )
     print(page)
-    if output:
-        write_results(output, page, facts, table[2:])
     leave_world()
 
 

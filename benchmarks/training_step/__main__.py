@@ -22,7 +22,7 @@ from mosaic_dist.errors import UserError
 from mosaic_dist.files import write_atomic
 from mosaic_dist.spec import Positive, nearest
 
-Scale = Literal["auto", "cpu", "full"]
+Scale = Literal["auto", "tiny", "cpu", "full"]
 Dtype = Literal["auto", "fp32", "bf16"]
 
 
@@ -37,7 +37,8 @@ def training_step(
     """Compare whole training steps of our recipes with their peers, and print a table. No time is ever an error.
 
     --recipes NAMES       of those by default, as gpt2_reference,t4_moe
-    --scale NAME          cpu: few layers and short sequences; full: the recipes' own; auto: full with a GPU
+    --scale NAME          cpu: few layers and short sequences; full: the recipes' own; auto: full with a GPU; tiny: only
+                          to see that everything runs
     --dtype NAME          fp32, bf16, or auto: both on a CPU, and the faster one of each contender; bf16 on a GPU
     --rounds N            how often each contender steps
     --output FILE         write the results there as JSON, and beside it the table as .md
@@ -52,17 +53,16 @@ def training_step(
     if output is not None:
         Path(output).parent.mkdir(parents=True, exist_ok=True)
     both: tuple[Precision, ...] = ("bf16",) if torch.cuda.is_available() else ("fp32", "bf16")
-    results = []
+    results: list[dict[str, Any]] = []
+    facts = _facts(rounds)
     for name in names:
         with seated(name, scale, both if dtype == "auto" else (dtype,)) as ring:
             results.append(measure(make_case(name, SIZES[scale][name]), ring, rounds))
         print(f"{name}: {results[-1]['times']}", file=sys.stderr, flush=True)
-    facts = _facts(rounds)
-    page = render(results, facts)
-    print(page)
-    if output is not None:
-        write_atomic(output, json.dumps({"facts": facts, "results": results}, indent=1) + "\n")
-        write_atomic(Path(output).with_suffix(".md"), page)
+        if output is not None:  # what was measured stays, should the next one be too large
+            write_atomic(output, json.dumps({"facts": facts, "results": results}, indent=1) + "\n")
+            write_atomic(Path(output).with_suffix(".md"), render(results, facts))
+    print(render(results, facts))
     if old is not None:
         print(compare(results, old))
 

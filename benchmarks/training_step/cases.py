@@ -31,7 +31,16 @@ class Size(NamedTuple):
 
 
 CPU = Size(layers=2, seq_len=512, micro_batch=4)
+TINY = Size(layers=1, seq_len=16, micro_batch=2, narrow=4)
 SIZES: dict[str, dict[str, Size]] = {
+    "tiny": {
+        "gpt2_reference": TINY,
+        "mosaic_small": TINY,
+        "mosaic_dense": TINY,
+        "nano_moe": TINY,
+        "t4_moe": TINY,
+        "gptoss_20b": TINY._replace(narrow=16),
+    },
     "cpu": {
         "gpt2_reference": CPU,
         "mosaic_small": CPU,

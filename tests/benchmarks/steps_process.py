@@ -5,7 +5,7 @@ from typing import Any
 
 import deepspeed
 
-from benchmarks.training_step.cases import SIZES, Case, Size, make_case
+from benchmarks.training_step.cases import SIZES, Case, make_case
 from benchmarks.training_step.contenders import makers
 from benchmarks.training_step.entrant import Entrant
 from benchmarks.training_step.measure import measure
@@ -13,12 +13,10 @@ from mosaic_dist.model import MoE
 from mosaic_dist.parallel import World, join_world, leave_world
 from mosaic_dist.spec import override
 
-TINY = Size(layers=1, seq_len=16, micro_batch=2, narrow=4)
-
 
 def tiny(recipe: str) -> Case:
     """Without a balance loss, which the peers do not have: so all of them do the same."""
-    case = make_case(recipe, TINY._replace(narrow=16) if recipe == "gptoss_20b" else TINY)
+    case = make_case(recipe, SIZES["tiny"][recipe])
     if not isinstance(case.run.model.blocks[0].ffn, MoE):
         return case
     return case._replace(run=override(case.run, {"model.blocks.ffn.balance_weight": 0.0}))
@@ -32,5 +30,5 @@ def measured(case: Case, world: World) -> dict[str, Any]:
 if __name__ == "__main__":
     world = join_world(60)
     deepspeed.init_distributed(dist_init_required=False)
-    print(json.dumps([measured(tiny(recipe), world) for recipe in SIZES["cpu"]]))
+    print(json.dumps([measured(tiny(recipe), world) for recipe in SIZES["tiny"]]))
     leave_world()

@@ -14,6 +14,7 @@ from benchmarks.training_step.cases import SIZES, Size, make_case
 from benchmarks.training_step.ceiling import Product, Products, dominant
 from benchmarks.training_step.measure import best_peer, rotated, times
 from benchmarks.training_step.report import compare, ratios, render
+from benchmarks.training_step.seats import Place, RemoteEntrant
 from tests.launch import ROOT, clean_environment
 
 PEERS = {
@@ -77,6 +78,28 @@ def test_the_page_has_a_row_for_everyone(results):
     page = render(list(results.values()), FACTS | {"rounds": 2})
     for name, peers in PEERS.items():
         assert page.count(f"| `{name}` | ") == len(peers) + 3  # all contenders, the shape, the phases
+
+
+def test_contenders_in_processes_of_their_own(results, tmp_path):
+    """The command as people run it, and once more beside what it wrote: the same losses as in one process."""
+    words = "--recipes mosaic_dense --scale tiny --dtype fp32 --rounds 2".split()
+    command = [sys.executable, "-m", "benchmarks.training_step", *words, "--output", str(tmp_path / "made" / "it.json")]
+    done = subprocess.run(command, cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    (result,) = json.loads((tmp_path / "made" / "it.json").read_text())["results"]
+    rows, together = result["contenders"], results["mosaic_dense"]["contenders"]
+    assert list(rows) == ["ours", "transformers", "transformers_kept"]
+    assert rows["transformers"]["losses"] == pytest.approx(together["transformers"]["losses"], rel=2e-5)
+    assert (tmp_path / "made" / "it.md").read_text().strip() in done.stdout
+
+
+def test_a_process_that_is_killed_is_named():
+    entrant = RemoteEntrant(Place("nano_moe", "tiny", "ours", "fp32"))
+    assert entrant.step() > 0
+    entrant.process.kill()
+    with pytest.raises(SystemExit, match=r"ours of nano_moe: exit code -9 \(-9: killed"):
+        entrant.step()
+    entrant.end()
 
 
 def test_a_slice_keeps_the_share_of_the_head():

@@ -127,7 +127,6 @@ def test_waiting_for_a_step_hides_the_reading(dataset, monkeypatch, workers):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_batches_on_the_device_are_those_of_the_cpu(dataset):
     data = Data(workers=1, document_mask=True)
     words = {"global_batch": 64, "rank": 0, "world_size": 1, "seed": 1}

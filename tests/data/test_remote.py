@@ -68,9 +68,7 @@ def test_the_same_batches_as_from_a_folder(bucket, dataset, tmp_path, workers):
         assert batch.sample_ids == local.sample_ids
         assert (batch.inputs_BT == local.inputs_BT).all()
     shards = [file["raw_data"]["basename"] for file in info.index("train")]
-    assert {name: bucket.gets[name] for name in shards} == dict.fromkeys(shards, 1), (
-        "by one of the threads"
-    )
+    assert {name: bucket.gets[name] for name in shards} == dict.fromkeys(shards, 1), "by one of the threads"
     assert left_overs(tmp_path / "cache") == []
     bucket.gets.clear()
     again = data.load()  # another job

@@ -24,6 +24,7 @@ MIXTURE = MoE(expert=SwiGLU(width=64), experts=4, top_k=2, shared_experts=1, z_w
 GROUPED = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not GROUPED, reason="elsewhere the host asks how many rows each expert has")
 @pytest.mark.parametrize("position", [RoPE(), ALiBi()], ids=["rope", "alibi"])
 def test_a_step_waits_for_nothing(position: Position):

@@ -61,7 +61,7 @@ def test_words_that_do_not_fit(tmp_path, monkeypatch):
         profile("recipes/t4_moe.py", output=str(tmp_path / "file"))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.gpu
 def test_the_history_of_a_gpus_memory(tmp_path):
     profiled(tmp_path, "--memory_history")
     assert (tmp_path / "memory.pickle").stat().st_size > 10_000
