@@ -46,6 +46,20 @@ def test_a_run_imports_no_pictures_and_no_tools():
     assert found & PICTURES_AND_TOOLS == set()
 
 
+def test_reading_takes_the_parts_of_streaming_alone():
+    """Without the packages' own imports, which take seconds; whoever wants the whole library gets it afterwards."""
+    reading = "from mosaic_dist.data import mds", "mds.import_for_reading()"
+    assert imported(*reading) & PICTURES_AND_TOOLS == set()
+    whole = (
+        "from streaming.base import hashing",
+        "assert mds.file_hash('xxh3_64', b'1') == hashing.get_hash('xxh3_64', b'1')",
+    )
+    found = imported(
+        *reading, *whole, "import streaming", "assert streaming.StreamingDataset and streaming.base.shuffle"
+    )
+    assert {"streaming", "transformers"} <= found
+
+
 def test_the_description_of_a_run_does_without_deepspeed():
     found = imported("import mosaic_dist.run_spec")
     assert "torch" in found

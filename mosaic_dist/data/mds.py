@@ -1,7 +1,7 @@
 """The parts of mosaicml-streaming that are used: the MDS format, the shuffle, downloads. Nothing else imports it.
 
-Importing `streaming` takes several seconds (it pulls in torchvision and cloud clients), so the functions do it when
-called, and a `--help` or a tokenising worker never pays for it.
+Importing `streaming` takes several seconds (it pulls in transformers, torchvision and cloud clients), so the functions
+do it when called, and a `--help` or a tokenising worker never pays for it. What reading needs is taken by itself.
 
 `StreamingDataset` itself is not used, not even map-style: its constructor keeps state in POSIX shared memory and locks
 under names that all jobs of a host share and that outlive kill -9 (clean_stale_shared_memory can remove a live job's),
@@ -11,14 +11,18 @@ them leaves nothing on the host and knows no rank.
 """
 
 import collections
-import importlib
+import functools
+import importlib.util
 import os
+import sys
+from importlib.machinery import ModuleSpec, PathFinder
 from typing import Any
 
 import numpy as np
 
 from mosaic_dist.errors import UserError
 
+PACKAGE = "streaming"
 COLUMN = "tokens"
 HASH = "xxh3_64"
 INDEX_NAME = "index.json"
@@ -35,9 +39,41 @@ def _streaming(part: str) -> Any:
         ) from error
 
 
+@functools.cache
+def _light(part: str) -> Any:
+    """A module of `streaming.base` that needs no other part of it, without what its packages import: 2 s of each rank.
+
+    The packages are there by name only while it is imported; whoever imports `streaming` later gets the whole.
+    """
+    whole = [name for name in sys.modules if name.partition(".")[0] == PACKAGE]
+    if whole or (found := importlib.util.find_spec(PACKAGE)) is None:
+        return _streaming(part)
+    package, base = (importlib.util.module_from_spec(spec) for spec in (found, _base_of(found)))
+    try:
+        sys.modules |= {package.__name__: package, base.__name__: base}
+        return importlib.import_module(f"{base.__name__}.{part}")
+    except ImportError:  # of a version where it does need another part
+        _forget()
+        return _streaming(part)
+    finally:
+        if sys.modules.get(PACKAGE) is package:
+            _forget()
+
+
+def _base_of(package: ModuleSpec) -> ModuleSpec:
+    found = PathFinder.find_spec(f"{PACKAGE}.base", package.submodule_search_locations)
+    assert found is not None, f"{PACKAGE} has a package `base`"
+    return found
+
+
+def _forget() -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == PACKAGE]:
+        del sys.modules[name]
+
+
 def check_compression(compression: str | None) -> None:
     """UserError for a compression that streaming cannot write (it knows `zstd`, `zstd:1` and others)."""
-    codecs = _streaming("compression")
+    codecs = _light("compression")
     if compression is not None and not codecs.is_compression(compression):
         families = sorted({name.partition(":")[0] for name in codecs.get_compressions()})
         raise UserError(f"compression {compression!r} is unknown; known: {', '.join(families)}, with a level: zstd:1")
@@ -55,9 +91,9 @@ def open_writer(folder: str, dtype: str, length: int, compression: str | None, s
 
 
 def import_for_reading() -> None:
-    """Import what the functions below need, which takes seconds: at the start, not within a step."""
+    """Import what the functions below need: at the start, not within a step, and by one thread."""
     for part in ("compression", "hashing", "shuffle"):
-        _streaming(part)
+        _light(part)
 
 
 def check_entry(entry: dict[str, Any], dtype: str, length: int) -> None:
@@ -113,7 +149,7 @@ _idle_downloaders: collections.defaultdict[str, list[Any]] = collections.default
 
 def file_hash(algorithm: str, data: bytes) -> str:
     """Hash of a file's bytes, as streaming writes it into the index."""
-    hashing = _streaming("hashing")
+    hashing = _light("hashing")
     if not hashing.is_hash(algorithm):
         raise UserError(f"the index names a hash {algorithm!r} that this installation does not know")
     return hashing.get_hash(algorithm, data)
@@ -121,7 +157,7 @@ def file_hash(algorithm: str, data: bytes) -> str:
 
 def inflate(compression: str, data: bytes) -> bytes:
     """Undo the compression of a shard."""
-    return _streaming("compression").decompress(compression, data)
+    return _light("compression").decompress(compression, data)
 
 
 def shuffled(shard_samples: np.ndarray, seed: int, block_samples: int) -> np.ndarray:
@@ -130,6 +166,6 @@ def shuffled(shard_samples: np.ndarray, seed: int, block_samples: int) -> np.nda
     streaming's py1e: shards in random order, their samples spread over a range around them, so that only a few
     shards are in use at any time.
     """
-    return _streaming("shuffle").get_shuffle(
+    return _light("shuffle").get_shuffle(
         "py1e", shard_samples, num_canonical_nodes=1, seed=seed, epoch=0, block_size=block_samples
     )
