@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 CORPUS ?= stdlib
+WORKERS ?= 2
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
@@ -10,8 +11,9 @@ INSTALLED := $(VENV)/.installed
 demo: $(INSTALLED)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash recipes/demo.sh "$(CORPUS)" $(STEPS)
 
+# each worker takes a file at a time, the long ones first; most tests start processes of their own
 test: lint
-	$(VENV)/bin/python -m pytest $(PYTEST)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

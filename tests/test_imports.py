@@ -60,6 +60,14 @@ def test_reading_takes_the_parts_of_streaming_alone():
     assert {"streaming", "transformers"} <= found
 
 
+def test_a_rank_loads_no_compiler():
+    """DeepSpeed decorates its own Muon with torch.compile, and asks of every optimizer whether it is that."""
+    muon = "from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam"
+    joined = "from mosaic_dist.parallel import join_world, leave_world", "join_world(60)", "leave_world()"
+    imported(*joined, muon, "assert 'torch._inductor' not in sys.modules")
+    imported("import torch", muon, "assert 'torch._inductor' in sys.modules")  # so the assertion above tells something
+
+
 def test_the_description_of_a_run_does_without_deepspeed():
     found = imported("import mosaic_dist.run_spec")
     assert "torch" in found

@@ -1,5 +1,6 @@
 """The processes of a run: who this one is, and how they meet."""
 
+import importlib
 import logging
 import os
 import socket
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime import compiler
 from deepspeed.utils import logger as deepspeed_logger
 
 from mosaic_dist.errors import UserError
@@ -190,10 +192,21 @@ def _tame_deepspeed() -> None:
     """Let DeepSpeed say only what is wrong (DS_LOG_LEVEL asks for more) and not compile what is not used.
 
     On CPU it would build a shared-memory all-reduce for inference at every first start (20 to 40 s); training goes
-    through gloo. That it calls collectives by names which torch 2.14 deprecates is nothing a user can mend.
+    through gloo. It asks of every optimizer whether it is its own Muon, whose functions would load torch's compiler for
+    their decoration alone, one second on each rank. That it calls collectives by names which torch 2.14 deprecates is
+    nothing a user can mend.
     """
     calls = r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
     warnings.filterwarnings("ignore", calls, FutureWarning)
     if "DS_LOG_LEVEL" not in os.environ:
         deepspeed_logger.setLevel(logging.ERROR)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _import_muon()
+
+
+def _import_muon() -> None:
+    whole, compiler.compile = compiler.compile, lambda: compiler.dummy_decorator
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = whole
