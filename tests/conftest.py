@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-LONGEST = ("end_to_end/test_readme.py", "slurm/test_jobs.py", "end_to_end/test_resume.py", "end_to_end/test_interrupted.py")
+LONGEST = ("end_to_end/test_readme.py", "slurm/test_jobs.py", "end_to_end/test_resume.py", "parallel/test_equality.py")
 """Files of minutes: begun first, so that no worker is left with one of them at the end."""
 
 
