@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO
 
 from mosaic_dist.parallel.world import free_port
+from mosaic_dist.train.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
 
@@ -18,6 +19,12 @@ def clean_environment() -> dict[str, str]:
     launcher = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     kept = {name: value for name, value in os.environ.items() if name not in launcher}
     return kept | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+def has_come(folder: Path, step: int) -> bool:
+    """Whether a run has told of a step and has a checkpoint, which is written beside the steps."""
+    there = any((folder / "checkpoints").glob("step_*"))
+    return there and any(record["step"] >= step for record in read_metrics(folder / "metrics.jsonl"))
 
 
 def run_ranks(module: str, ranks: int, *words: str, timeout: float = 240) -> list[subprocess.CompletedProcess[str]]:

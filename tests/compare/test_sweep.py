@@ -24,7 +24,7 @@ from mosaic_dist.train.interruption import INTERRUPTED_EXIT_CODE
 from mosaic_dist.train.metrics import read_metrics
 from tests.compare.folders import record, write_run
 from tests.end_to_end.conftest import python
-from tests.launch import ROOT, clean_environment
+from tests.launch import ROOT, clean_environment, has_come
 
 STEPS = 40
 PATIENCE_SECONDS = 400.0
@@ -78,9 +78,9 @@ class Started:
             self.lose_power()
 
     def wait_for_step(self, run: Path, step: int) -> None:
-        """Until the run has told of a step."""
+        """Until the run has told of a step, and has a checkpoint, which is written beside the steps."""
         deadline = time.monotonic() + PATIENCE_SECONDS
-        while not any(one["step"] >= step for one in read_metrics(run / "metrics.jsonl")):
+        while not has_come(run, step):
             assert self.process.poll() is None, self.process.communicate()[0]
             assert time.monotonic() < deadline, f"{run} did not come to step {step}"
             time.sleep(0.01)

@@ -1,9 +1,11 @@
 """A run that is killed with SIGKILL between checkpoints goes on bitwise as if nothing had happened."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 from mosaic_dist.checkpoint import newest
 from mosaic_dist.train.metrics import read_metrics
 from tests.end_to_end.conftest import SMALL, command, deepspeed
-from tests.launch import ROOT, clean_environment
+from tests.launch import ROOT, clean_environment, has_come
 
 EXACT = ("step", "tokens", "loss", "auxiliary_loss", "learning_rate", "grad_norm", "validation_loss")
 
@@ -23,22 +25,21 @@ def story(folder: Path) -> list[dict]:
 
 
 def kill_at_step(words: list[str], folder: Path, step: int) -> None:
-    """Start a run in a session of its own and kill all of its processes once `step` is in the metrics."""
-    process = subprocess.Popen(
-        words,
-        cwd=ROOT,
-        env=clean_environment(),
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 120
-    while not any(record["step"] >= step for record in read_metrics(folder / "metrics.jsonl")):
-        assert process.poll() is None, f"the run ended before step {step}"
-        assert time.monotonic() < deadline, f"step {step} did not come"
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    """Start a run in a session of its own and kill all of its processes once it `has_come` to `step`."""
+    with tempfile.TemporaryFile("w+") as told:
+        process = subprocess.Popen(
+            words, cwd=ROOT, env=clean_environment(), start_new_session=True, stdout=told, stderr=subprocess.STDOUT
+        )
+        deadline = time.monotonic() + 120
+        while not has_come(folder, step) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        came, ended = has_come(folder, step), process.poll()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        told.seek(0)
+        assert came, f"step {step} did not come; exit code {ended}:\n{told.read()}"
+        assert ended is None, f"the run ended before it was killed, with exit code {ended}:\n{told.read()}"
 
 
 @pytest.fixture(scope="module")
