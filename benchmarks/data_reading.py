@@ -2,11 +2,11 @@
 
 `python -m benchmarks.data_reading --raw DIR --packed DIR` takes one text prepared twice, the second time with
 `--compression zstd`. Contenders make the same batches of `t4_moe` (32,768 tokens, int64 inputs and targets), have their
-turn in each round, and the figures are medians; the first batch, for which workers start, is not timed. The CPU's time
-is that of all processes and tells more than the clock where others use the machine; workers' starts are in it.
+turn in each round, and the figures are medians; the first batch is not timed. The CPU's time is that of all threads and
+tells more than the clock where others use the machine.
 
 memmap          rows copied from one flat file of token ids that is mapped into memory
-workers=N       `Loader` with N reading processes, every shard checked by its hash before its first use
+workers=N       `Loader` with N reading threads, every shard checked by its hash before its first use
 zstd, first     the compressed data where nothing is inflated yet: the first pass over it
 zstd, later     the same data once the shards are inflated beside it
 
