@@ -100,7 +100,7 @@ class Loader:
         """Where the next batch starts, and in which order."""
         return {"cursor": self.cursor, "fingerprint": dict(self.fingerprint)}
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         steps = self._steps(self.cursor)
         with contextlib.closing(
             _batches(self.shards, steps, self.data.workers, self.document_end, self.device)
@@ -128,7 +128,7 @@ def _batches(
             for samples, tokens_BT in source:
                 yield copy.send(make_batch(samples, tokens_BT, shards.answer_loss, document_end))
 
-    with contextlib.closing(make()) as made, contextlib.closing(one_ahead(made)) as batches:
+    with contextlib.closing(one_ahead(make())) as batches:
         for batch in batches:
             yield copy.receive(batch)
 
@@ -164,7 +164,7 @@ class ValidationBatches:
     def __len__(self) -> int:
         return -(-self.samples // (self.batch * self.world_size))
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         return _batches(self.shards, self._steps(), self.workers, self.document_end, self.device)
 
     def _steps(self) -> Iterator[np.ndarray]:

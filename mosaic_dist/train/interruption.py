@@ -7,9 +7,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Generator, Iterable
 from types import FrameType
-from typing import TypeVar
 
 import torch.distributed as dist
 
@@ -24,9 +22,6 @@ FAILED_ELSEWHERE_EXIT_CODE = 1
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """What Slurm sends before it takes a node away (`--signal=USR1@60`, preemption), and launchers to end their ranks."""
 LOOK_SECONDS = 1.0
-
-T = TypeVar("T")
-
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -110,21 +105,3 @@ class Deadline:
             return False
         save = self.limit_seconds / 10 if self.save_seconds is None else 2 * self.save_seconds
         return now - self.started + self._longest + save > self.limit_seconds
-
-
-def shielded(items: Iterable[T]) -> Generator[T, None, None]:
-    """The items, each awaited with the stop signals blocked, which the processes that start meanwhile inherit.
-
-    Launchers send SIGTERM to the readers of data too, and the run would die of their death before it has saved. Close
-    it: readers that are left over do not heed `terminate` either.
-    """
-    source = iter(items)
-    while True:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        try:
-            item = next(source)
-        except StopIteration:
-            return
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        yield item

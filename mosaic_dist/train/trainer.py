@@ -16,7 +16,6 @@ from mosaic_dist.optim import Spikes
 from mosaic_dist.parallel import Engine, StepResult
 from mosaic_dist.parallel.engine import HeldOut
 from mosaic_dist.run_spec import Run
-from mosaic_dist.train.interruption import shielded
 
 
 @dataclass
@@ -89,7 +88,7 @@ class Trainer:
 
     def train(self, hooks: Sequence["Hook"]) -> None:
         """Take steps until the end; after each, every hook has its turn, in order."""
-        with contextlib.closing(shielded(self.loader)) as batches, old_objects_left_alone():
+        with contextlib.closing(iter(self.loader)) as batches, old_objects_left_alone():
             while not self.is_ending:
                 step, started = self.progress.step + 1, time.perf_counter()
                 self.entered(step, "data")
@@ -214,7 +213,7 @@ def measure(
 
     found = {}
     for stream in held_out:
-        with contextlib.closing(shielded(stream.batches)) as batches:
+        with contextlib.closing(iter(stream.batches)) as batches:
             found[stream.stream] = figure(rows(batches))
     return found
 

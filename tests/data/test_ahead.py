@@ -2,6 +2,8 @@
 
 import contextlib
 import itertools
+import subprocess
+import sys
 import threading
 import time
 
@@ -13,6 +15,7 @@ from mosaic_dist.data import Data
 from mosaic_dist.data.ahead import one_ahead, read_rows
 from mosaic_dist.data.batch import FILLER
 from mosaic_dist.data.stream import Loader, ValidationBatches
+from tests.launch import ROOT
 
 
 def test_one_item_is_made_ahead_and_no_more():
@@ -50,19 +53,56 @@ def test_an_error_comes_when_its_item_is_asked_for():
     assert [next(ahead), next(ahead)] == [1, 2]
     with pytest.raises(ValueError, match="third"):
         next(ahead)
-    assert list(one_ahead(iter([]))) == []
+    assert list(one_ahead(item for item in ())) == []
 
 
 def test_closing_ends_the_thread():
-    before = threading.active_count()
-    with contextlib.closing(one_ahead(itertools.count())) as ahead:
+    before, closed = threading.active_count(), []
+
+    def items():
+        try:
+            yield from itertools.count()
+        finally:
+            closed.append(threading.active_count())
+
+    with contextlib.closing(one_ahead(items())) as ahead:
         assert next(ahead) == 0
         assert threading.active_count() == before + 1
     assert threading.active_count() == before
+    assert closed == [before + 1], "by the thread that made its items"
+
+
+STUCK = """
+import sys, time, numpy
+from mosaic_dist.data import ahead
+
+class Stuck:
+    seq_len, dtype, answer_loss = 0, numpy.dtype(numpy.int64), None
+
+    def read(self, samples):
+        if samples[0] > 2:
+            time.sleep(100)
+        return samples[:, None]
+
+ahead.CLOSING_SECONDS = 0.2
+steps = (numpy.array([i]) for i in range(9))
+batches = ahead.one_ahead(item for item in ahead.read_rows(Stuck(), steps, int(sys.argv[1])))
+assert [int(next(batches)[0][0]) for _ in range(3)] == [0, 1, 2]
+batches.close()
+print("closed", flush=True)
+"""
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_file_system_that_does_not_answer_holds_up_no_end(workers):
+    done = subprocess.run(
+        [sys.executable, "-c", STUCK, workers], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "closed\n", "")
 
 
 class Numbers:
-    """Samples whose one token is their number; remembers in which threads they were read."""
+    """Samples whose one token is their number; remembers which threads read."""
 
     seq_len, dtype, answer_loss = 0, np.dtype(np.int64), None
 
@@ -73,7 +113,7 @@ class Numbers:
         return 1000
 
     def read(self, samples: np.ndarray) -> np.ndarray:
-        self.threads.add(threading.current_thread().name)
+        self.threads.add(threading.get_ident())
         if self.broken in samples:
             raise ValueError(f"sample {self.broken}")
         time.sleep(0.001 * float(np.random.default_rng(samples).random()))

@@ -1,4 +1,3 @@
-import signal
 import subprocess
 import sys
 
@@ -8,9 +7,7 @@ from mosaic_dist.train import interruption
 from mosaic_dist.train.interruption import (
     FAILED_ELSEWHERE_EXIT_CODE,
     INTERRUPTED_EXIT_CODE,
-    STOP_SIGNALS,
     Deadline,
-    shielded,
 )
 
 
@@ -37,21 +34,6 @@ def test_the_deadline_leaves_room_for_a_step_and_two_saves(monkeypatch):
 
 def test_no_deadline():
     assert not any(Deadline(None).is_up() for _ in range(3))
-
-
-def test_readers_that_start_while_an_item_is_awaited_outlive_the_signal():
-    def start() -> subprocess.Popen[bytes]:
-        return subprocess.Popen(["sleep", "60"])
-
-    for number in STOP_SIGNALS:
-        for inside in shielded(start() for _ in range(2)):
-            outside = start()
-            for process in (inside, outside):
-                process.send_signal(number)
-            assert outside.wait(timeout=30) == -number
-            assert inside.poll() is None
-            inside.kill()
-            assert inside.wait(timeout=30) == -signal.SIGKILL
 
 
 PROGRAM = """
