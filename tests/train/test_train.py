@@ -75,10 +75,17 @@ class Judge:
         return 0.25
 
 
+class Rows(list):
+    """Batches for each pass, as `ValidationBatches` gives them."""
+
+    def __iter__(self):
+        yield from list.__iter__(self)
+
+
 def test_validation_keeps_the_best_and_stops_what_gains_nothing():
     judged = override(run, {"validate_every_steps": 500, "checkpoint.keep_best": 2, "early_stopping_patience": 2})
     trainer = Trainer(judged, Judge([3.0, 2.0, 2.5, 2.25]), None, Progress(), until_step=20_000)
-    held_out = [HeldOutStream("", 1.0, [])]
+    held_out = [HeldOutStream("", 1.0, Rows([]))]
     validation, seen = Validation(held_out, held_out), []
     while not trainer.is_ending:
         trainer.progress.step += 250
@@ -96,7 +103,7 @@ def test_each_batch_of_a_validation_is_a_part_of_the_step():
     judge = SimpleNamespace(evaluate=lambda batches: float(len(list(batches))))
     trainer = Trainer(override(run, {"validate_every_steps": 500}), judge, None, Progress(step=500), until_step=20_000)
     trainer.entered = lambda step, part: told.append((step, part))
-    Validation([HeldOutStream("", 1.0, 3 * [row])]).after_step(trainer, None)
+    Validation([HeldOutStream("", 1.0, Rows(3 * [row]))]).after_step(trainer, None)
     assert trainer.validation_loss == 3.0
     assert told == 3 * [(500, "Validation")]
 
