@@ -4,7 +4,7 @@
 #   bash benchmarks/gpu.sh [NAME] [FOLDER]
 #
 # NAME ends the names of the results, as in moe_layer_h200.md; FOLDER is benchmarks/results unless told. Each part has a
-# time limit, and what it had measured by then is kept. Exit code 1 where a part failed.
+# time limit; of layers and steps, what was measured by then is kept. Exit code 1 where a part failed.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 name=${1:-gpu} results=${2:-benchmarks/results}

@@ -60,6 +60,13 @@ def test_reading_takes_the_parts_of_streaming_alone():
     assert {"streaming", "transformers"} <= found
 
 
+def test_parts_that_cannot_be_taken_alone_come_with_the_whole():
+    nowhere = "mds._base_of = lambda found: importlib.machinery.ModuleSpec('streaming.base', None, is_package=True)"
+    words = "import importlib.machinery", "from mosaic_dist.data import mds", nowhere
+    found = imported(*words, "mds.import_for_reading()", "assert mds.file_hash('xxh3_64', b'1')")
+    assert {"streaming", "transformers"} <= found
+
+
 def test_a_rank_loads_no_compiler():
     """DeepSpeed decorates its own Muon with torch.compile, and asks of every optimizer whether it is that."""
     muon = "from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam"

@@ -41,15 +41,13 @@ class Samples(Protocol):
 class _Opened:
     """A shard's file, closed when the last thread that reads from it is done."""
 
-    def __init__(self, path: Path, rows: int, row_bytes: int):
-        """ValueError where the file holds other rows, OSError where it cannot be read."""
-        self.path = path
-        self.descriptor = os.open(path, os.O_RDONLY)
-        self.first_row = mds.first_row(self.descriptor, rows, row_bytes)
+    def __init__(self, path: Path, descriptor: int, rows: int, row_bytes: int):
+        """ValueError where the file holds other rows."""
+        self.path, self.descriptor = path, descriptor
+        self.first_row = mds.first_row(descriptor, rows, row_bytes)
 
     def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
+        os.close(self.descriptor)
 
 
 class Shards:
@@ -140,7 +138,7 @@ class Shards:
                 self._ready.add(shard)
         path = self.folder / entry["raw_data"]["basename"]
         try:
-            return _Opened(path, entry["samples"], self.row_bytes)
+            return _Opened(path, os.open(path, os.O_RDONLY), entry["samples"], self.row_bytes)
         except OSError as error:
             raise UserError(f"shard {path} cannot be read ({error.strerror}); {self.mend}") from None
         except ValueError as error:

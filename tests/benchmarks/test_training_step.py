@@ -81,7 +81,7 @@ def test_the_page_has_a_row_for_everyone(results):
 
 
 def test_contenders_in_processes_of_their_own(results, tmp_path):
-    """The command as people run it, and once more beside what it wrote: the same losses as in one process."""
+    """The command as people run it: the same losses as in one process."""
     words = "--recipes mosaic_dense --scale tiny --dtype fp32 --rounds 2".split()
     command = [sys.executable, "-m", "benchmarks.training_step", *words, "--output", str(tmp_path / "made" / "it.json")]
     done = subprocess.run(command, cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=300)
