@@ -189,6 +189,6 @@ def _work(func: Any, args: Any, kwargs: Any, out: Any, given: list[Tensor], made
 
 
 def _is_triangle(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether it is attention without a mask, which does half of the square that torch's formula counts."""
+    """Whether it is attention without a mask, which does half of the square that the formula counts."""
     names = [argument.name for argument in func._schema.arguments]
     return bool((dict(zip(names, args, strict=False)) | kwargs).get("is_causal", False))

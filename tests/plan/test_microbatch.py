@@ -233,3 +233,20 @@ def test_experts_get_even_numbers_of_rows():
     rows._replace = lambda counts_E: type("Rows", (), {"counts_E": counts_E})
     EvenRouting(Noting())(None, rows, layer, None)
     assert seen == [[2, 3, 3, 3]]
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_attention_counts_as_its_matrix_products(device):
+    """Forward the two products of the explicit form; backward its four, and the scores once more."""
+    B, N, G, T, S, H = 2, 4, 2, 6, 5, 8
+    q, k, v = (torch.randn(B, n, t, H, device=device, requires_grad=True) for n, t in ((N, T), (G, S), (G, S)))
+    with FlopCounterMode(display=False) as counter:
+        scores = q @ k.repeat_interleave(N // G, 1).mT
+        (scores.softmax(-1) @ v.repeat_interleave(N // G, 1)).sum().backward()
+    with Recorder(device) as recorder:
+        recorder.mark("all")
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        kernel(q, k, v)[0].sum().backward()
+    (phase,) = recorder.phases
+    counted = sum(work.flops * times for work, times in phase.work.items())
+    assert counted == counter.get_total_flops() + 2 * B * N * T * S * H
