@@ -5,6 +5,8 @@ CORPUS ?= stdlib
 WORKERS ?= 2
 VENV := .venv
 INSTALLED := $(VENV)/.installed
+OLDEST := .venv-oldest
+UV = $(VENV)/bin/uv pip install --quiet --python
 
 .PHONY: demo test lint bench install clean
 
@@ -26,17 +28,23 @@ bench: $(INSTALLED)
 
 install: $(INSTALLED)
 
-# the stamp holds the interpreter's version: another PYTHON makes another environment
-$(INSTALLED): pyproject.toml
+# The stamp is newer than what it was made from; another PYTHON needs `make clean` first.
+$(INSTALLED): pyproject.toml constraints/newest.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) -V); use make PYTHON=python3.12 ..."; exit 2; }
 	@$(PYTHON) -c 'import venv, ensurepip' \
 	  || { echo "$(PYTHON) has no venv module; install it (Debian: apt-get install python3-venv)"; exit 2; }
-	@echo "installing into $(VENV): about 7 GB with the CUDA libraries, 2 to 5 minutes"
+	@echo "installing into $(VENV): a download of about 3 GB and 7 GB on disk, with the CUDA libraries"
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(VENV)/bin/python -m pip install --quiet --editable '.[dev]'
+	$(VENV)/bin/python -m pip install --quiet uv
+	$(UV) $(VENV)/bin/python --constraints constraints/newest.txt --editable '.[dev]'
+	@touch $@
+
+# The oldest versions that are supported, for the tests that depend on them.
+$(OLDEST)/.installed: pyproject.toml constraints/oldest.txt $(INSTALLED)
+	$(PYTHON) -m venv $(OLDEST)
+	$(UV) $(OLDEST)/bin/python --constraints constraints/oldest.txt --editable . transformers pytest pytest-timeout pytest-xdist
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -67,7 +67,7 @@ def _fill(
 
 
 def _normal(like: Tensor, std: float, stream: str) -> Tensor:
-    generator = torch.Generator().manual_seed(xxhash.xxh3_64_intdigest(stream) >> 1)
+    generator = torch.Generator().manual_seed(xxhash.xxh3_64_intdigest(stream.encode()) >> 1)
     return torch.empty(like.shape).normal_(0.0, std, generator=generator).to(like.device, like.dtype)
 
 
