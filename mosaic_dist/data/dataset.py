@@ -172,7 +172,7 @@ class DatasetInfo:
 
 def _digest(description: dict[str, Any]) -> str:
     """Of what dataset.json says, however it is written."""
-    return xxhash.xxh3_128_hexdigest(json.dumps(description, sort_keys=True))
+    return xxhash.xxh3_128_hexdigest(json.dumps(description, sort_keys=True).encode())
 
 
 def _source_line(source: SourceInfo) -> str:
