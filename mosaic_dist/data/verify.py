@@ -153,7 +153,6 @@ def _shard_problems(info: DatasetInfo, shards: list[_Shard], threads: int) -> li
     """Read all shards; what is wrong with them, and with the counts of tokens in dataset.json."""
     problems: list[Problem] = []
     tokens: dict[str, list[int | None]] = {split: [] for split in info.splits}
-    mds.import_for_reading()
     total = sum(shard.size_bytes(info) for shard in shards)
     with (
         ThreadPoolExecutor(threads) as pool,
@@ -229,7 +228,7 @@ def _inflated(shard: _Shard, packed: bytes) -> tuple[bytes | None, list[Problem]
     """What is in a compressed file, checked against the hashes of the inflated one."""
     name = f"{shard.split}/{shard.entry['zip_data']['basename']}"
     try:
-        data = mds.inflate(shard.entry["compression"], packed)
+        data = mds.decompress(shard.entry["compression"], packed)
     except Exception as error:  # each compression has its own
         return None, [Problem(name, f"cannot be inflated ({type(error).__name__}: {error})")]
     wrong = _hash_problems(name, shard.entry["raw_data"], data, "when inflated its")
