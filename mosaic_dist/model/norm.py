@@ -14,6 +14,11 @@ class Norm(Spec):
         raise TypeError(f"{type(self).__name__} cannot be built: choose a kind of norm")
 
 
+def epsilon(norm: Norm) -> float:
+    """A norm's `eps`, for norms inside the layers; 1e-6 for a kind that has none."""
+    return getattr(norm, "eps", 1e-6)
+
+
 class RMSNorm(Norm, type="rmsnorm"):
     """Root-mean-square norm with a gain and no bias (Zhang and Sennrich, arXiv 1910.07467)."""
 

@@ -32,7 +32,7 @@ class LinearAttention(Attention, type="linear"):
         """See `Attention.head_counts`."""
         return self.heads, self.heads
 
-    def build(self, dim: int, position: Position) -> "ChunkedLinearAttention":
+    def build(self, dim: int, position: Position, norm_eps: float = 1e-6) -> "ChunkedLinearAttention":
         """query, key, value, output [dim, dim]."""
         if dim % self.heads:
             raise SpecError("heads", f"{self.heads} heads must divide the model's width ({dim})")

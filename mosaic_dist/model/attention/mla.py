@@ -41,7 +41,7 @@ class MLA(Attention, type="mla"):
         """See `Attention.head_counts`."""
         return self.heads, self.heads
 
-    def build(self, dim: int, position: Position) -> "LatentAttention":
+    def build(self, dim: int, position: Position, norm_eps: float = 1e-6) -> "LatentAttention":
         """See `LatentAttention` for the matrices."""
         if self.head_width is None and dim % self.heads:
             raise SpecError("heads", f"{self.heads} heads must divide the model's width ({dim}), or give head_width")
