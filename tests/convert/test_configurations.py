@@ -125,12 +125,13 @@ def test_null_scaling_of_gpt_oss_means_what_its_version_takes_it_for(version, fa
         spec_from_config(config)
 
 
-def test_the_clamps_of_gpt_oss_are_settings_since_transformers_5():
+def test_the_clamps_of_gpt_oss_are_settings_since_transformers_5_19():
     config = {"model_type": "gpt_oss", **GPT_OSS, "swiglu_limit": 5.0, "swiglu_alpha": 1.5}
     spec = spec_from_config(config | {"transformers_version": "5.24.0"})
     assert (spec.blocks[0].ffn.expert.limit, spec.blocks[0].ffn.expert.alpha) == (5.0, 1.5)
-    with pytest.raises(UserError, match=r"swiglu_limit = 5.0 cannot be represented"):
-        spec_from_config(config | {"transformers_version": "4.57.1"})
+    for version in ("4.57.1", "5.18.0"):
+        with pytest.raises(UserError, match=r"swiglu_limit = 5.0 cannot be represented"):
+            spec_from_config(config | {"transformers_version": version})
     with pytest.raises(UserError, match=r"gpt_oss: blocks\[0\].ffn.expert.limit is 5.0, and would be 7.0"):
         config_from_spec(spec)  # transformers 4 would take 7
 
@@ -149,6 +150,8 @@ def test_rotary_settings_of_both_forms_have_to_agree():
             spec_from_config(llama | BOTH | {key: value})
     with pytest.raises(UserError, match="which is another model; remove the wrong ones"):
         spec_from_config(llama | new | {"rope_theta": 501.0})
+    with pytest.raises(UserError, match=r"rope_theta is 10000.0, and 500.0 in rope_scaling"):
+        spec_from_config(llama | {"rope_scaling": YARN | {"rope_theta": 500.0}})
     with pytest.raises(UserError, match="rope_type = 'yarn' and type = 'linear' differ"):
         spec_from_config(llama | {"rope_scaling": YARN | {"type": "linear"}})
 

@@ -100,6 +100,11 @@ def rope_settings(settings: Settings, when_null: dict[str, Any] | None = None) -
     `rope_scaling` of null stands for.
     """
     theta, scaling = settings.take("rope_theta"), settings.mapping("rope_scaling")
+    if scaling and scaling.get("rope_theta", theta) != theta:
+        raise UserError(
+            f"{settings.where}: rope_theta is {theta!r}, and {scaling['rope_theta']!r} in rope_scaling, which only "
+            "transformers 5 reads there; remove the wrong one"
+        )
     old = {"rope_theta": theta, **_typed(when_null if scaling is None else scaling, settings.where)}
     new = settings.mapping("rope_parameters")
     if new is None:

@@ -50,13 +50,12 @@ def read(settings: Settings) -> Transformer:
     settings.expect("topk_method", "noaux_tc")
     settings.expect("moe_layer_freq", 1)
     settings.expect("ep_size", 1)
-    settings.skip(
-        "rope_interleave", "pretraining_tp", "aux_loss_alpha", "seq_aux"
-    )  # the tensor map's or the training's
+    settings.skip("pretraining_tp", "aux_loss_alpha", "seq_aux")  # the training's
+    settings.skip("rope_interleave")  # the tensor map's
     heads, rope = settings.count("num_attention_heads"), common.rope_settings(settings)
     plain, rotary = settings.count("qk_nope_head_dim"), settings.count("qk_rope_head_dim")
     for key, value in {"num_key_value_heads": heads, "head_dim": rotary, "qk_head_dim": plain + rotary}.items():
-        settings.expect(key, value, None)  # they follow from others
+        settings.expect(key, value, None)
     attention = MLA(
         heads=heads,
         kv_compression_dim=settings.take("kv_lora_rank"),

@@ -13,7 +13,8 @@ from mosaic_dist.model import GQA, Block, ClampedSwiGLU, MoE, TopKSoftmax, Trans
 SLIDING, FULL = "sliding_attention", "full_attention"
 ALPHA = 1.702
 LIMIT = 7.0
-"""transformers 4 reads neither limit nor alpha from the configuration."""
+SWIGLU_IS_READ = (5, 19)
+"""The first transformers that takes alpha and limit from config.json; older ones always use those above."""
 
 YARN = {
     "rope_type": "yarn",
@@ -50,7 +51,7 @@ KNOWN = Known(
 
 def read(settings: Settings) -> Transformer:
     """config.json -> spec."""
-    if (settings.major_version() or 0) < 5:
+    if (settings.version() or (0, 0)) < SWIGLU_IS_READ:
         settings.expect("swiglu_limit", LIMIT)
         settings.expect("swiglu_alpha", ALPHA)
     settings.skip("initial_context_length", "experts_per_token")  # repeat others under OpenAI's own names
@@ -89,13 +90,13 @@ def _null_scaling(settings: Settings) -> dict[str, Any] | None:
     """What a `rope_scaling` of null stands for: none in transformers 4, and the default, YaRN, in transformers 5."""
     if settings.take("rope_scaling") is not None or settings.take("rope_parameters") is not None:
         return None
-    version = settings.major_version()
+    version = settings.version()
     if version is None:
         raise UserError(
             f"{settings.where}: rope_scaling = None means no scaling to transformers 4 and YaRN to transformers 5, and "
             'there is no transformers_version; write {"rope_type": "default"} for no scaling, or remove it for YaRN'
         )
-    return YARN if version >= 5 else None
+    return YARN if version >= (5, 0) else None
 
 
 def write(spec: Transformer) -> dict[str, Any]:

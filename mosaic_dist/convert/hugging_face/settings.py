@@ -17,6 +17,7 @@ WITHOUT_EFFECT = """
     exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length min_length
     no_repeat_ngram_size num_beam_groups num_beams num_return_sequences remove_invalid_values repetition_penalty
     suppress_tokens temperature top_k top_p typical_p _attn_implementation_autoset transformers.js_config
+    unsloth_fixed unsloth_version
 """
 """Settings without effect on logits: bookkeeping, generation, and choices of training (dropout, initial values, factors
 of auxiliary losses), which belong to the run."""
@@ -102,10 +103,10 @@ class Settings:
         """Settings that the architecture's code does not read, or that follow from others."""
         self._seen.update(keys)
 
-    def major_version(self) -> int | None:
-        """Of the transformers that wrote this, where it is recorded."""
-        match = re.match(r"\d+", str(self.values.get("transformers_version")))
-        return None if match is None else int(match[0])
+    def version(self) -> tuple[int, int] | None:
+        """The first two numbers of the version of transformers that wrote this; None where it is not recorded."""
+        match = re.match(r"(\d+)\.(\d+)", str(self.values.get("transformers_version")))
+        return None if match is None else (int(match[1]), int(match[2]))
 
     def finish(self) -> None:
         """Account for what was not taken: warn about settings without effect; UserError for the first other one."""
