@@ -10,6 +10,7 @@ from mosaic_dist.model.attention.attention import Attention, AttentionModule, Ri
 from mosaic_dist.model.attention.blocks import attend_in_sight
 from mosaic_dist.model.attention.kernel import Kernel
 from mosaic_dist.model.linear import Matrix, PlainMatrix
+from mosaic_dist.model.norm import INNER_NORM_EPS
 from mosaic_dist.model.position import Position
 from mosaic_dist.spec import Fraction, Positive, PositiveFloat, SpecError
 
@@ -51,7 +52,7 @@ class SoftmaxAttention(Attention):
         if self.soft_cap is not None and self.kernel == "sdpa":
             raise SpecError("soft_cap", "PyTorch's fused attention has no soft cap; use kernel 'explicit', or none")
 
-    def build(self, dim: int, position: Position, norm_eps: float = 1e-6) -> "MultiHeadAttention":
+    def build(self, dim: int, position: Position, norm_eps: float = INNER_NORM_EPS) -> "MultiHeadAttention":
         """query [N*H, dim], key and value [G*H, dim], output [dim, N*H]."""
         if self.head_width is None and dim % self.heads:
             raise SpecError("heads", f"{self.heads} heads must divide the model's width ({dim}), or give head_width")
