@@ -142,12 +142,8 @@ def check_complete(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[
             raise UserError(f"{name} is {found[name]} among the weights, {shape} in the model")
 
 
-def load_exported(path: str | Path) -> TransformerModel:
-    """The model of an exported folder, on CPU in its stored dtype, in evaluation mode.
-
-    Raises UserError for a folder that is no export, is damaged, or whose tensors are not its model's.
-    """
-    path = Path(path)
+def read_exported_config(path: Path) -> dict[str, Any]:
+    """config.json of an exported model. UserError for a folder that is none, or has a file that is damaged."""
     if not (path / "config.json").exists() or not (path / CHECKSUMS).exists():
         raise UserError(f"{path} is no exported model (config.json is missing); make one with `mosaic_dist export`")
     for file, facts in json.loads((path / CHECKSUMS).read_text()).items():
@@ -157,6 +153,16 @@ def load_exported(path: str | Path) -> TransformerModel:
     if config.get("model_type") != "mosaic_dist" or config.get("format_version") != FORMAT_VERSION:
         found = f"{config.get('model_type')!r} version {config.get('format_version')!r}"
         raise UserError(f"{path} holds {found}; this version reads 'mosaic_dist' version {FORMAT_VERSION}")
+    return config
+
+
+def load_exported(path: str | Path) -> TransformerModel:
+    """The model of an exported folder, on CPU in its stored dtype, in evaluation mode.
+
+    Raises UserError for a folder that is no export, is damaged, or whose tensors are not its model's.
+    """
+    path = Path(path)
+    config = read_exported_config(path)
     model, dtype = _on_meta(Transformer.from_dict(config["model"])), DTYPES[config["dtype"]]
     materialize(model, torch.device("cpu"))
     for parameter in model.parameters():

@@ -15,6 +15,7 @@ from mosaic_dist.convert.hugging_face.architectures import (
     spec_from_config,
     weights_to_hugging_face,
     weights_to_ours,
+    why_no_architecture,
 )
 from mosaic_dist.convert.hugging_face.standalone import CODE, MODEL_TYPE, source_code
 from mosaic_dist.convert.native import expected_tensors
@@ -142,13 +143,16 @@ def export_folder(
 
 
 def how_to_load(path: str | Path) -> str:
-    """What to tell the user of a folder that `export_folder` wrote: its architecture, and the words that load it."""
+    """What to tell the user of a folder that `export_folder` wrote: its architecture, and the words that load it.
+
+    For a model with its own code also which part does not fit each architecture.
+    """
     config = _read_json(Path(path) / "config.json")
     if config["model_type"] != MODEL_TYPE:
         return f"as {config['model_type']}: AutoModelForCausalLM.from_pretrained({str(path)!r})"
     return (
-        f"with its own code, {CODE}.py, as no architecture of transformers computes it: "
-        f"AutoModelForCausalLM.from_pretrained({str(path)!r}, trust_remote_code=True)"
+        f"{why_no_architecture(spec_from_config(config))}\n"
+        f"with its own code, {CODE}.py: AutoModelForCausalLM.from_pretrained({str(path)!r}, trust_remote_code=True)"
     )
 
 
