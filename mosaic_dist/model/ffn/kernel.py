@@ -47,7 +47,7 @@ def has_grouped_product(device: torch.device) -> bool:
 
 
 def _leaves_gradients_unwritten(device: torch.device) -> bool:
-    """Whether `grouped_mm` gives experts without rows gradients that are not zero (pytorch/pytorch issue 172439)."""
+    """Whether `grouped_mm` was seen to give experts without rows gradients that are not zero (pytorch issue 172439)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 10
 
 
@@ -173,11 +173,18 @@ def run_grouped(x_SD: Tensor, rows: Rows, activate: Activate, inputs: Sequence[L
     def bias(bias_eO: Tensor) -> Tensor:
         return bias_eO.repeat_interleave(rows.counts_E, 0, output_size=len(rows.tokens_R))
 
+    def zero_without_rows(grads: tuple[Tensor | None, ...], _: Any) -> tuple[Tensor | None, ...]:
+        grad_x, grad_weight, *others = grads
+        if grad_weight is not None:
+            grad_weight = grad_weight.masked_fill((rows.counts_E == 0)[:, None, None], 0)
+        return grad_x, grad_weight, *others
+
     def multiply_rows(x_RI: Tensor, weight_eIO: Tensor) -> Tensor:
-        if _leaves_gradients_unwritten(weight_eIO.device):
-            weight_eIO = _ZeroWithoutRows.apply(weight_eIO, rows.counts_E)
         out_RO = functional.grouped_mm(_aligned(x_RI, 1), _aligned(weight_eIO, 2), offs=ends_e)
-        return out_RO[:, : weight_eIO.shape[2]]
+        if out_RO.grad_fn is not None and _leaves_gradients_unwritten(out_RO.device):
+            out_RO.grad_fn.register_hook(zero_without_rows)
+        outputs = weight_eIO.shape[2]
+        return out_RO if out_RO.shape[1] == outputs else out_RO[:, :outputs]
 
     def linear(x_RI: Tensor, layer: Layer) -> Tensor:
         out_RO = multiply_rows(x_RI, layer.weight_eIO)
@@ -206,17 +213,3 @@ def _aligned(x: Tensor, dims: int) -> Tensor:
     if any(zeros):
         return functional.pad(x, [fill for zeros_after in zeros for fill in (0, zeros_after)])
     return x.clone() if x.storage_offset() % step else x  # a ZeRO stage may lay it into one tensor with others
-
-
-class _ZeroWithoutRows(torch.autograd.Function):
-    """The weights as they are; gradients of experts without rows are zero, whatever comes back for them."""
-
-    @staticmethod
-    def forward(ctx: Any, weight_eIO: Tensor, counts_E: Tensor) -> Tensor:
-        ctx.save_for_backward(counts_E)
-        return weight_eIO.view_as(weight_eIO)
-
-    @staticmethod
-    def backward(ctx: Any, grad_eIO: Tensor) -> tuple[Tensor, None]:
-        (counts_E,) = ctx.saved_tensors
-        return grad_eIO.masked_fill((counts_E == 0)[:, None, None], 0), None
