@@ -26,7 +26,7 @@ from mosaic_dist.optim.muon import MuonAdamW
 from mosaic_dist.parallel.cut_matrices import CutMatrices
 from mosaic_dist.parallel.exchange import place_experts
 from mosaic_dist.parallel.loss_scale import restore_scale, scale_state
-from mosaic_dist.parallel.partition import partitioned_parameters, zero_optimizer_in_bfloat16
+from mosaic_dist.parallel.partition import drop_summed_gradients, partitioned_parameters, zero_optimizer_in_bfloat16
 from mosaic_dist.parallel.sequence import join_sequences, place_sequences
 from mosaic_dist.parallel.spec import Parallel
 from mosaic_dist.parallel.world import World
@@ -213,7 +213,10 @@ class Engine:
             self.deepspeed.step()
             return grad_norm, False
         self.deepspeed.step()
-        return float(self.deepspeed.get_global_grad_norm()), bool(self.deepspeed.optimizer.overflow)
+        is_skipped = bool(self.deepspeed.optimizer.overflow)
+        if is_skipped and self.zero_stage < 3:
+            drop_summed_gradients(self.deepspeed.optimizer)
+        return float(self.deepspeed.get_global_grad_norm()), is_skipped
 
     def _pass_over(self) -> None:
         """Without ZeRO: drop the gradients and count the step, as DeepSpeed does by itself with ZeRO."""

@@ -72,6 +72,15 @@ def zero_optimizer_in_bfloat16() -> Iterator[None]:
         DeepSpeedEngine._do_optimizer_sanity_check = choose
 
 
+def drop_summed_gradients(zero: Any) -> None:
+    """Forget what ZeRO 1 or 2 has summed for an update that it left out.
+
+    With offload DeepSpeed (0.19) would add the next step's gradients to float32 sums that are not finite, and leave out
+    every update from then on.
+    """
+    zero.averaged_gradients.update(dict.fromkeys(zero.averaged_gradients))
+
+
 def partitioned_parameters(zero: Any, stage: int) -> Iterator[Partitioned]:
     """All parameters that a ZeRO optimizer of DeepSpeed (0.19) keeps, of stage 1, 2 or 3."""
     return _of_flat_groups(zero) if stage in (1, 2) else _of_pieces(zero)
