@@ -236,10 +236,11 @@ def gpu_probe() -> None:
         started = time.perf_counter()
         try:
             for name, value, note in part():
-                print(f"{name:<34} {value:>14}  {note}", flush=True)
+                print(f"{name[:34]:<34} {value:>14}  {note}", flush=True)
         except Exception:
             failed += 1
             traceback.print_exc()
+            sys.stderr.flush()
             print(f"{part.__name__:<34} {'FAILED':>14}  {traceback.format_exc().splitlines()[-1][:120]}", flush=True)
         print(f"({part.__name__}: {time.perf_counter() - started:.1f} s)", flush=True)
     if failed:
