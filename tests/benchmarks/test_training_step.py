@@ -10,8 +10,9 @@ import torch
 
 pytest.importorskip("transformers")
 
+from benchmarks.training_step import ceiling as ceilings
 from benchmarks.training_step.cases import SIZES, Size, make_case
-from benchmarks.training_step.ceiling import Product, Products, dominant
+from benchmarks.training_step.ceiling import Product, Products, ceiling, dominant
 from benchmarks.training_step.measure import best_peer, rotated, times
 from benchmarks.training_step.report import compare, ratios, render
 from benchmarks.training_step.seats import Place, RemoteEntrant
@@ -145,3 +146,14 @@ def test_products_are_counted():
 
     found = Counter({square(10): 1, square(20): 3, square(1): 500})  # 2,000, 48,000 and 1,000 operations
     assert dominant(found) == {square(20): 3}
+
+
+def test_a_ceiling_is_measured_on_random_numbers(monkeypatch):
+    """On constants a GPU is faster than in training."""
+    operands: list[torch.Tensor] = []
+    monkeypatch.setattr(torch, "mm", lambda left, right: operands.extend((left, right)))
+    monkeypatch.setattr(ceilings, "CEILING_REPEATS", 1)
+    product = Product(((32, 16), (16, 1)), ((16, 8), (1, 16)))
+    assert ceiling(Counter({product: 2}), torch.bfloat16, torch.device("cpu")) > 0
+    assert [tuple(operand.shape) for operand in operands] == [(32, 16), (16, 8)]
+    assert all(operand.float().std() > 0.5 for operand in operands)
