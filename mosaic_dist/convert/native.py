@@ -23,7 +23,7 @@ from mosaic_dist.convert.packed import freeze, pack, plan, ternary_weights, unpa
 from mosaic_dist.convert.weights import DTYPES, CheckpointTensors, parameter_cast
 from mosaic_dist.convert.writing import CHECKSUMS, write_checksums, write_weights
 from mosaic_dist.errors import UserError
-from mosaic_dist.files import checksum, publish_directory, write_atomic
+from mosaic_dist.files import check_new_directory, checksum, publish_directory, write_atomic
 from mosaic_dist.model import Transformer, TransformerModel, materialize
 
 FORMAT_VERSION = 1
@@ -80,8 +80,7 @@ def write_model(
     if nothing can be packed.
     """
     output = Path(output)
-    if output.exists():
-        raise UserError(f"{output} exists already; remove it, or choose another --output")
+    check_new_directory(output)
     planned = planned_tensors(model, dtype, ternary)
     packed = ternary_weights(_on_meta(model)) if ternary == "packed" else {}
     aside = output.with_name(f".{output.name}.tmp")

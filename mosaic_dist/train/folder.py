@@ -14,7 +14,7 @@ import torch
 
 from mosaic_dist.checkpoint import refuse_foreign
 from mosaic_dist.errors import UserError
-from mosaic_dist.files import ASIDE, write_atomic
+from mosaic_dist.files import ASIDE, check_output_directory, write_atomic
 from mosaic_dist.run_spec import Run, differences, listing
 
 PACKAGES = ("mosaic-dist", "torch", "deepspeed", "mosaicml-streaming", "tokenizers", "safetensors", "numpy")
@@ -38,6 +38,7 @@ class RunFolder:
 
         Raises UserError when the folder belongs to another run, is in use, or holds other files.
         """
+        check_output_directory(self.path)
         if self.run_yaml.exists():
             found = list(differences(Run.from_yaml(self.run_yaml.read_text()), run))
             if found:

@@ -22,7 +22,7 @@ from mosaic_dist.convert.weights import DTYPES, Mapped, parameter_cast
 from mosaic_dist.convert.writing import INDEX, WEIGHTS, write_checksums, write_weights
 from mosaic_dist.data.tokenizer import Tokenizer
 from mosaic_dist.errors import UserError
-from mosaic_dist.files import publish_directory, write_atomic
+from mosaic_dist.files import check_new_directory, publish_directory, write_atomic
 from mosaic_dist.model import Transformer
 
 DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -113,8 +113,7 @@ def export_folder(
     tokens than it.
     """
     output = Path(output)
-    if output.exists():
-        raise UserError(f"{output} exists already; remove it, or choose another --output")
+    check_new_directory(output)
     if dtype not in DTYPES:
         raise UserError(f"no dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
     words = None if tokenizer is None else Tokenizer.load(tokenizer)
