@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mosaic_dist.checkpoint import refuse_foreign
+from mosaic_dist.checkpoint import refuse_foreign, refuse_unknown_formats
 from mosaic_dist.errors import UserError
 from mosaic_dist.files import ASIDE, check_output_directory, write_atomic
 from mosaic_dist.run_spec import Run, differences, listing
@@ -36,9 +36,11 @@ class RunFolder:
     def claim(self, run: Run) -> None:
         """Make the folder, or check that what is in it is the same experiment. Only one process may hold it.
 
-        Raises UserError when the folder belongs to another run, is in use, or holds other files.
+        Raises UserError when the folder belongs to another run, is in use, holds other files, or holds a checkpoint of
+        another format.
         """
         check_output_directory(self.path)
+        refuse_unknown_formats(self.checkpoints)
         if self.run_yaml.exists():
             found = list(differences(Run.from_yaml(self.run_yaml.read_text()), run))
             if found:
