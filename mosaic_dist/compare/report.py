@@ -12,6 +12,7 @@ from mosaic_dist.compare import page
 from mosaic_dist.compare.curves import draw_curves
 from mosaic_dist.compare.samples import Samples, write_samples
 from mosaic_dist.compare.story import Story, duration, read_story
+from mosaic_dist.credentials import mask
 from mosaic_dist.errors import UserError
 from mosaic_dist.files import check_output_file, write_atomic
 from mosaic_dist.spec import NonNegative
@@ -119,8 +120,8 @@ def _pictures(story: Story) -> dict[str, str]:
 
 
 def _read(path: Path) -> str:
-    """Text of a file; nothing where there is none. A report is not the place to fail for a damaged letter."""
-    return path.read_text(errors="replace") if path.exists() else ""
+    """Text of a file, credentials masked; nothing where there is none. A damaged letter does not fail a report."""
+    return mask(path.read_text(errors="replace")) if path.exists() else ""
 
 
 def _flat(text: str, path: Path) -> dict[str, Any]:
