@@ -5,8 +5,9 @@ the tensors come from the files that the index names, or from model.safetensors 
 model checksums.json lists every file. A file that is read elsewhere and is on no list belongs to another model.
 """
 
+import contextlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,10 +43,12 @@ def read_json(file: Path, hint: str = "") -> dict[str, Any]:
     return content
 
 
-def open_safetensors(file: Path) -> Any:
-    """An opened safetensors file. UserError if it is missing or damaged."""
+@contextlib.contextmanager
+def open_safetensors(file: Path) -> Iterator[Any]:
+    """An opened safetensors file. UserError if it is missing or damaged, also for what is read from it inside."""
     try:
-        return safe_open(file, "pt")
+        with safe_open(file, "pt") as opened:
+            yield opened
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is missing or damaged: {error}") from None
 

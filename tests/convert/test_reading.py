@@ -137,6 +137,14 @@ def test_folders_from_elsewhere_have_no_checksums(tmp_path: Path) -> None:
     (one / "consolidated.safetensors").write_bytes(b"the same weights under their author's names")
     (one / "original").mkdir()
     (one / "original" / "model.safetensors").write_bytes(b"and once more")
+    (several / "model.safetensors").unlink()
+    index = json.loads((several / "model.safetensors.index.json").read_text())
+    first, *_, last = sorted(set(index["weight_map"].values()))
+    name = next(name for name, file in index["weight_map"].items() if file == first)
+    index["weight_map"][name] = last
+    (several / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=rf"{last} does not give {name}, which the index places there"):
+        dict(import_folder(several)[1])
     found = dict(import_folder(one)[1])
     assert all(torch.equal(found[name], tensor) for name, tensor in weights(40).items())
     assert json.loads((one / "config.json").read_text())["model_type"] == "llama"

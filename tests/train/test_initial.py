@@ -176,6 +176,9 @@ def broken(folder: Path, copy: Path, harm: str) -> None:
         last.unlink()
     elif harm == "missing":
         del document["weight_map"]["norm.weight"]
+    elif harm == "moved":
+        first, *_, last = sorted(set(document["weight_map"].values()))
+        document["weight_map"]["norm.weight"] = first if document["weight_map"]["norm.weight"] == last else last
     elif harm == "extra":
         document["weight_map"]["norm.bias"] = document["weight_map"]["norm.weight"]
     index.write_text(json.dumps(document))
@@ -196,6 +199,7 @@ def broken(folder: Path, copy: Path, harm: str) -> None:
     [
         ("missing", r"missing norm\.weight; extra none"),
         ("extra", r"missing none; extra norm\.bias"),
+        ("moved", r"safetensors is missing or damaged: .*norm\.weight"),
         ("header", r"safetensors is missing or damaged: .*header"),
         ("file", "safetensors is missing or damaged: No such file"),
         ("version", "has format version 99, this version of mosaic_dist reads 1"),
