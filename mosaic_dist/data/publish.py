@@ -16,7 +16,7 @@ from mosaic_dist.data import mds
 from mosaic_dist.data.dataset import DATASET_NAME, DatasetInfo, SplitInfo
 from mosaic_dist.data.tokenizer import Tokenizer
 from mosaic_dist.errors import UserError
-from mosaic_dist.files import checksum, publish_directory
+from mosaic_dist.files import check_output_directory, checksum, publish_directory
 
 SHARD_BYTES = 1 << 26
 DATA, LOCK, PROGRESS = "data", "lock", "progress.json"
@@ -39,6 +39,7 @@ def unfinished(output: Path, overwrite: bool) -> Iterator[Path]:
 
     After an error it stays if there is progress to go on with, and is removed otherwise.
     """
+    check_output_directory(output.parent)
     aside = output.with_name(f"{output.name}.unfinished")
     with _lock(aside):
         try:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from mosaic_dist.errors import UserError
-from mosaic_dist.files import write_atomic
+from mosaic_dist.files import check_output_file, write_atomic
 from mosaic_dist.hardware import Device, device_called
 from mosaic_dist.model.ffn.kernel import has_grouped_product
 from mosaic_dist.model.products import linear
@@ -27,6 +27,7 @@ def calibrate(path: Path) -> Device:
     """
     if path.exists():
         raise UserError(f"{path} exists; give --calibrate a new file")
+    check_output_file(path)
     on_gpu = torch.cuda.is_available()
     where = torch.device("cuda" if on_gpu else "cpu")
     name = torch.cuda.get_device_name() if on_gpu else f"CPU with {torch.get_num_threads()} threads"

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from mosaic_dist.checkpoint import refuse_foreign
+from mosaic_dist.checkpoint import refuse_foreign, refuse_unknown_formats
+from mosaic_dist.credentials import mask
 from mosaic_dist.errors import UserError
-from mosaic_dist.files import ASIDE, write_atomic
+from mosaic_dist.files import ASIDE, check_output_directory, write_atomic
 from mosaic_dist.run_spec import Run, differences, listing
 
 PACKAGES = ("mosaic-dist", "torch", "deepspeed", "mosaicml-streaming", "tokenizers", "safetensors", "numpy")
@@ -36,10 +37,17 @@ class RunFolder:
     def claim(self, run: Run) -> None:
         """Make the folder, or check that what is in it is the same experiment. Only one process may hold it.
 
-        Raises UserError when the folder belongs to another run, is in use, or holds other files.
+        Raises UserError when the folder belongs to another run, is in use, holds other files, or holds a checkpoint of
+        another format.
         """
+        check_output_directory(self.path)
+        refuse_unknown_formats(self.checkpoints)
         if self.run_yaml.exists():
-            found = list(differences(Run.from_yaml(self.run_yaml.read_text()), run))
+            try:
+                there = Run.from_yaml(self.run_yaml.read_text())
+            except UserError as error:
+                raise UserError(f"{self.run_yaml}: {error}") from None
+            found = list(differences(there, run))
             if found:
                 raise UserError(f"{self.path} holds another run; choose another --output.{listing(found)}")
         elif self.path.exists() and not self._is_barely_begun():
@@ -69,26 +77,26 @@ class RunFolder:
         self._lock_file = lock
 
     def describe(self, run: Run, config: dict[str, Any], facts: dict[str, Any], tokenizer: Path) -> None:
-        """Write the resolved run, the DeepSpeed config, the environment and the tokenizer."""
+        """Write the resolved run, the DeepSpeed config, the environment and the tokenizer; credentials are masked."""
         write_atomic(self.run_yaml, run.to_yaml())
-        write_atomic(self.path / "ds_config.json", json.dumps(config, indent=2) + "\n")
+        write_atomic(self.path / "ds_config.json", mask(json.dumps(config, indent=2)) + "\n")
         write_atomic(self.path / "environment.json", json.dumps(environment() | facts, indent=2) + "\n")
         diff = _git("diff", "HEAD")
         if diff:
-            write_atomic(self.path / "git.diff", diff + "\n")
+            write_atomic(self.path / "git.diff", mask(diff) + "\n")
         if not self.tokenizer.exists():
             write_atomic(self.tokenizer, tokenizer.read_bytes())
 
 
 def environment() -> dict[str, Any]:
-    """Versions, hardware, command and git state of this process."""
+    """Versions, hardware, command (with credentials masked) and git state of this process."""
     versions = {}
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {
-        "command": sys.argv,
+        "command": [mask(word) for word in sys.argv],
         "python": platform.python_version(),
         "packages": versions,
         "host": platform.node(),
