@@ -6,3 +6,6 @@ class UserError(ValueError):
 
     The message names the value, the limit it broke, and the way to mend it.
     """
+
+    exit_code = 2
+    """Of the process that ends with it."""
