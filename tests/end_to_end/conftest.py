@@ -21,7 +21,7 @@ SMALL = (
 
 
 def command(*words: str | Path, timeout: float = 180) -> subprocess.CompletedProcess[str]:
-    """Run a command of the README's kind in the repository and wait."""
+    """Run a command of the README's kind in the repository and wait. It leads a process group, as in a terminal."""
     return subprocess.run(
         [str(word) for word in words],
         cwd=ROOT,
@@ -31,6 +31,7 @@ def command(*words: str | Path, timeout: float = 180) -> subprocess.CompletedPro
         check=False,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
+        start_new_session=True,
     )
 
 
