@@ -9,5 +9,8 @@ class UserError(ValueError):
     The message names the value, the limit it broke, and the way to mend it. Credentials in URLs are masked.
     """
 
+    exit_code = 2
+    """Of the process that ends with it."""
+
     def __init__(self, message: str):
         super().__init__(mask_urls(message))

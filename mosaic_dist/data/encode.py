@@ -12,6 +12,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import re
+import signal
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -170,6 +171,7 @@ _worker: tuple[Tokenizer, float] | None = None
 
 def _start_worker(tokenizer_json: str, validation_fraction: float) -> None:
     global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches all; the main process ends its workers
     no_threads()
     _worker = Tokenizer(tokenizer_json), validation_fraction
     threading.Thread(target=_end_with_parent, daemon=True).start()

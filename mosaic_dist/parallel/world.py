@@ -176,28 +176,6 @@ def gather_problems(problem: str | None) -> list[str]:
     return [text for text in told if text is not None]
 
 
-FAILED_KEY = "mosaic_dist/failed"
-
-
-def is_first_to_fail(store: dist.Store | None = None) -> bool:
-    """Whether no other rank has asked this before. False, too, where the others are already gone.
-
-    A thread asks over a connection of its own to the store.
-    """
-    try:
-        return (store or torch.distributed.distributed_c10d._get_default_store()).add(FAILED_KEY, 1) == 1
-    except Exception:  # the store went with the rank that failed first
-        return False
-
-
-def some_rank_failed() -> bool:
-    """Whether a rank has asked `is_first_to_fail`, or the store went with it. Any thread may ask."""
-    try:
-        return torch.distributed.distributed_c10d._get_default_store().check([FAILED_KEY])
-    except Exception:  # before the processes have met there is no store either
-        return dist.is_initialized()
-
-
 def available_cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

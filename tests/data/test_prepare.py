@@ -1,9 +1,11 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -189,8 +191,9 @@ def test_a_workers_failure_ends_everything(tokenizer, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-KILLED = """
+ENDLESS = """
 import sys
+from mosaic_dist.cli import run_command
 from mosaic_dist.data.prepare import prepare
 from mosaic_dist.data.tokenizer import Tokenizer
 
@@ -200,26 +203,44 @@ def endless():
             print("under way", flush=True)
         yield f"document {i} " * 100
 
-if __name__ == "__main__":
+def tool() -> None:
     prepare(endless(), Tokenizer.load(sys.argv[1]), sys.argv[2], 64, workers=2)
+
+if __name__ == "__main__":
+    run_command(tool, "tool", [])
 """
 
 
-def test_kill_leaves_nothing_visible(documents, tokenizer, tmp_path):
+def ignores_ctrl_c(process: int) -> bool:
+    """Whether a process has set SIGINT aside."""
+    (mask,) = re.findall(r"^SigIgn:\t(\w+)$", Path(f"/proc/{process}/status").read_text(), re.MULTILINE)
+    return bool(int(mask, 16) >> (signal.SIGINT - 1) & 1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_kill_and_ctrl_c_leave_nothing_visible(documents, tokenizer, tmp_path, number):
+    """Ctrl-C in a terminal reaches the workers too, but one line is all that is said."""
     tokenizer.save(tmp_path)
-    script = tmp_path / "killed.py"
-    script.write_text(KILLED)
+    script = tmp_path / "endless.py"
+    script.write_text(ENDLESS)
     output = tmp_path / "out" / "set"
     command = [sys.executable, str(script), str(tmp_path), str(output)]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, text=True, env=environment, start_new_session=True) as process:
         assert process.stdout is not None
+        assert process.stderr is not None
         assert process.stdout.readline() == "under way\n"
-        workers = children(process.pid)
-        process.send_signal(signal.SIGKILL)
+        while not all(map(ignores_ctrl_c, workers := children(process.pid))):  # they are still starting
+            time.sleep(0.05)
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)
+            assert (process.stderr.read(), process.wait()) == ("interrupted\n", 130)
+        else:
+            process.send_signal(number)
     assert len(workers) >= 2
     assert_gone(workers)
     assert not output.exists()
-    assert len(list(output.parent.iterdir())) == 1
+    assert len(list(output.parent.iterdir())) == (number == signal.SIGKILL)
     prepare(documents, tokenizer, output, SEQ_LEN, workers=1)  # also clears what the kill left
     assert [path.name for path in output.parent.iterdir()] == ["set"]

@@ -21,7 +21,7 @@ SMALL = (
 
 
 def command(*words: str | Path, timeout: float = 180) -> subprocess.CompletedProcess[str]:
-    """Run a command of the README's kind in the repository and wait."""
+    """Run a command of the README's kind in the repository and wait; a launcher leads a process group of its own."""
     first, *more = (str(word) for word in words)
     if first in ("python", sys.executable):
         return run_python(*more, timeout=timeout)
@@ -34,6 +34,7 @@ def command(*words: str | Path, timeout: float = 180) -> subprocess.CompletedPro
         check=False,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
+        start_new_session=True,
     )
 
 
