@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from mosaic_dist.checkpoint import refuse_foreign
+from mosaic_dist.data.tokenizer import Tokenizer
 from mosaic_dist.errors import UserError
 from mosaic_dist.files import ASIDE, write_atomic
 from mosaic_dist.run_spec import Run, differences, listing
@@ -77,7 +78,7 @@ class RunFolder:
         if diff:
             write_atomic(self.path / "git.diff", diff + "\n")
         if not self.tokenizer.exists():
-            write_atomic(self.tokenizer, tokenizer.read_bytes())
+            Tokenizer.load(tokenizer).save(self.path)
 
 
 def environment() -> dict[str, Any]:
