@@ -43,8 +43,9 @@ def tokenize_to_mds(
 
     --tokenizer is a tokenizer.json, a SentencePiece .model, or a folder that holds one (tokenizer.json, else
     tokenizer.model). Documents end with its EOS and are packed without gaps; --add_bos_token begins each with its BOS.
-    --eos and --bos name the tokens for that, such as --eos '<|endoftext|>'; by default they are those that
-    tokenizer_config.json in the tokenizer's folder names, or else the usual ones among its added tokens.
+    --eos and --bos name any of its tokens for that, such as --eos '<|endoftext|>' or --eos "'[SEP]'" (brackets need
+    both pairs of quotes). By default they are those that tokenizer_config.json in the tokenizer's folder names, or else
+    the usual ones among its added tokens.
     --min_document_bytes and --max_document_bytes leave out shorter and longer documents (bytes of UTF-8).
     --deduplicate keeps the first of equal texts, by a hash of 128 bits; it takes about 20 bytes of memory a document.
     --validation_fraction of the documents, chosen by a hash of their text, become the validation split (0: none).
