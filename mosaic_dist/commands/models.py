@@ -11,7 +11,7 @@ from mosaic_dist.convert.hugging_face import SafetensorsFolder, export_folder, h
 from mosaic_dist.convert.locate import RUN_YAML, choose_checkpoint
 from mosaic_dist.convert.native import read_exported_config
 from mosaic_dist.convert.weights import CheckpointTensors
-from mosaic_dist.data.tokenizer import Tokenizer
+from mosaic_dist.data.tokenizer import FILE_NAMES, Tokenizer
 from mosaic_dist.errors import UserError
 from mosaic_dist.evaluate.generate import Sampling
 from mosaic_dist.evaluate.generate import generate as generate_tokens
@@ -95,11 +95,10 @@ def import_model(
     --max_shard_size SIZE where to cut into several files, as 5GB or 500MB
     """
     spec, tensors = import_folder(model)
-    tokenizer = Path(model) / "tokenizer.json"
+    files = (Path(model) / name for name in FILE_NAMES)
+    tokenizer = next((file for file in files if file.exists()), None)
     facts = {"run": Path(model).name, "step": 0}
-    path = write_model(
-        output, spec, tensors, facts, tokenizer if tokenizer.exists() else None, dtype, parse_size(max_shard_size)
-    )
+    path = write_model(output, spec, tensors, facts, tokenizer, dtype, parse_size(max_shard_size))
     print(f"imported {model} to {path}")
 
 
@@ -117,7 +116,7 @@ def generate(
 
     --model DIR           folder made by `export`
     --prompt TEXT         the beginning
-    --max_new_tokens N    how far to go; the end-of-text token stops earlier
+    --max_new_tokens N    how far to go; the end-of-text token, or another end token of the tokenizer, stops earlier
     --temperature X       0 takes the most likely token each time
     --top_k N             draw from the N most likely tokens; None: from all
     --top_p P             draw from the most likely tokens that together have probability P
@@ -129,7 +128,7 @@ def generate(
     tokens = tokenizer.encode_prompt(prompt)
     shown = ""
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
-    for (token,) in generate_tokens(network, [tokens], max_new_tokens, sampling, tokenizer.eos_id):
+    for (token,) in generate_tokens(network, [tokens], max_new_tokens, sampling, tokenizer.stop_ids):
         assert token is not None, "a single prompt that has ended yields nothing"
         tokens.append(token)
         text = tokenizer.decode(tokens)

@@ -3,7 +3,7 @@
 config.json                       the model spec, and which run and step it comes from
 model.safetensors                 the weights; or model-00001-of-0000N.safetensors and
 model.safetensors.index.json      the index, in Hugging Face's form; ternary matrices may be packed (`packed.py`)
-tokenizer.json
+tokenizer.json, tokenizer_config.json, and with several end tokens generation_config.json
 checksums.json                    size and xxh3-128 of every other file
 """
 
@@ -22,6 +22,7 @@ from mosaic_dist.convert.packed import freeze, pack, plan, ternary_weights, unpa
 from mosaic_dist.convert.reading import open_safetensors, prove_files, read_json, read_weight_map
 from mosaic_dist.convert.weights import DTYPES, CheckpointTensors, parameter_cast
 from mosaic_dist.convert.writing import CHECKSUMS, write_checksums, write_weights
+from mosaic_dist.data.tokenizer import Tokenizer
 from mosaic_dist.errors import UserError
 from mosaic_dist.files import check_new_directory, publish_directory, write_atomic
 from mosaic_dist.model import Transformer, TransformerModel, materialize
@@ -81,6 +82,7 @@ def write_model(
     """
     output = Path(output)
     check_new_directory(output)
+    words = None if tokenizer is None else Tokenizer.load(tokenizer)
     planned = planned_tensors(model, dtype, ternary)
     packed = ternary_weights(_on_meta(model)) if ternary == "packed" else {}
     aside = output.with_name(f".{output.name}.tmp")
@@ -96,8 +98,8 @@ def write_model(
         **facts,
     }
     write_atomic(aside / "config.json", json.dumps(config | {"model": model.to_dict()}, indent=2) + "\n")
-    if tokenizer is not None:
-        shutil.copyfile(tokenizer, aside / "tokenizer.json")
+    if words is not None:
+        words.save(aside)
     write_checksums(aside, known)
     publish_directory(aside, output)
     return output

@@ -5,6 +5,7 @@ rest is what a preparation needs to go on after it was killed (see journal.py).
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import os
 import shutil
@@ -122,6 +123,7 @@ def describe_split(folder: Path, shards: list[dict[str, Any]], **counts: int) ->
 
 
 def write_description(info: DatasetInfo, tokenizer: Tokenizer) -> None:
-    """Write tokenizer.json and dataset.json into the dataset's folder."""
-    tokenizer.save(info.path)
-    (info.path / DATASET_NAME).write_text(info.to_json(), encoding="utf-8")
+    """Write the tokenizer's files and dataset.json into the dataset's folder."""
+    files = {name: checksum(info.path / name) for name in tokenizer.save(info.path)}
+    description = dataclasses.replace(info, tokenizer_files=files).to_json()
+    (info.path / DATASET_NAME).write_text(description, encoding="utf-8")

@@ -13,6 +13,7 @@ import torch
 
 from mosaic_dist.checkpoint import refuse_foreign, refuse_unknown_formats
 from mosaic_dist.credentials import mask
+from mosaic_dist.data.tokenizer import Tokenizer
 from mosaic_dist.errors import UserError
 from mosaic_dist.files import ASIDE, check_output_directory, write_atomic
 from mosaic_dist.run_spec import Run, differences, listing
@@ -79,7 +80,7 @@ class RunFolder:
         if diff:
             write_atomic(self.path / "git.diff", mask(diff) + "\n")
         if not self.tokenizer.exists():
-            write_atomic(self.tokenizer, tokenizer.read_bytes())
+            Tokenizer.load(tokenizer).save(self.path)
 
 
 def environment() -> dict[str, Any]:

@@ -74,11 +74,13 @@ def open_initial(run: Run, info: Corpus, checkpoints: Path) -> InitialWeights | 
     config = read_json(path / "config.json", HINT)
     weights = ExportedWeights(path, config) if config.get("model_type") == "mosaic_dist" else HuggingFaceWeights(path)
     check_same_model(weights.model, run.model, path)
-    if (path / FILE_NAME).exists() and (found := Tokenizer.load(path).digest) != info.tokenizer:
-        raise UserError(
-            f"the data of {info.path} was made with tokenizer {info.tokenizer}, and {path} holds {found}: its weights "
-            f"know other tokens; tokenize the data with {path / FILE_NAME}"
-        )
+    if (path / FILE_NAME).exists():
+        found = Tokenizer.load(path)
+        if found.digest != info.tokenizer and not found.has_ids_of(Tokenizer.load(info.tokenizer_path)):
+            raise UserError(
+                f"the data of {info.path} was made with tokenizer {info.tokenizer}, and {path} holds {found.digest}: "
+                f"its weights know other tokens; tokenize the data with {path / FILE_NAME}"
+            )
     return weights
 
 

@@ -11,15 +11,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
+import torch
 
 from mosaic_dist.data import mds
+from mosaic_dist.data.batch import document_numbers
 from mosaic_dist.data.dataset import DatasetInfo
 from mosaic_dist.data.encode import split_of
+from mosaic_dist.data.lengths import measure_lengths
 from mosaic_dist.data.prepare import prepare
 from mosaic_dist.data.shards import Shards
 from mosaic_dist.data.sources import read_documents
 from mosaic_dist.data.tokenizer import Tokenizer
 from mosaic_dist.errors import UserError
+from tests.data import foreign
 from tests.data.conftest import SEQ_LEN, assert_gone, children, make_documents, same_files
 
 
@@ -43,6 +47,41 @@ def test_packing_is_what_a_simple_loop_gives(dataset, documents, tokenizer):
         assert info.documents == len(mine)
         assert info.tokens + info.dropped_tokens == len(stream) - 1  # the first token is never a target
         assert info.shards > 1
+
+
+def test_documents_between_chosen_tokens(documents, tmp_path):
+    words = Tokenizer.load(foreign.qwen(tmp_path / "qwen"), eos="<|endoftext|>", bos="<s>")
+    options = {"validation_fraction": 0.2, "workers": 2, "add_bos_token": True}
+    info = prepare(documents, words, tmp_path / "set", SEQ_LEN, **options)
+    mine = [text for text in documents if split_of(text.encode(), 0.2) == "train"]
+    stream = [token for text in mine for token in (words.bos_id, *words.encode(text), words.eos_id)]
+    rows_BT = read_split(info, "train")
+    assert [*rows_BT[:, :-1].ravel(), rows_BT[-1, -1]] == stream[: rows_BT.shape[0] * SEQ_LEN + 1]
+    assert (info.bos_id, info.eos_id) == (words.bos_id, words.eos_id)
+    assert measure_lengths(info, "train").counts[len(words.encode(mine[0])) + 2] > 0
+    inputs_BT = torch.from_numpy(rows_BT[:, :-1].astype(np.int64))
+    numbers_BT = document_numbers(inputs_BT, info.eos_id)
+    begins_BT = numbers_BT[:, 1:] > numbers_BT[:, :-1]
+    assert begins_BT.any()
+    assert torch.equal(begins_BT, inputs_BT[:, 1:] == words.bos_id)  # a BOS belongs to the document that it begins
+    again = info.load_tokenizer()
+    assert (again.tokens, again.stop_ids) == (words.tokens, words.stop_ids)
+    assert again.encode_prompt("x") == [words.bos_id, *words.encode("x")]
+    file = info.path / "tokenizer_config.json"
+    file.write_text(file.read_text().replace("<s>", "<|im_start|>"))
+    with pytest.raises(UserError, match=r"tokenizer_config\.json is not the one that .*dataset\.json describes"):
+        DatasetInfo.load(info.path)
+    file.unlink()
+    with pytest.raises(UserError, match=r"tokenizer_config\.json is missing"):
+        DatasetInfo.load(info.path)
+
+
+def test_text_that_encodes_to_the_end_is_refused(tmp_path):
+    words = Tokenizer.load(foreign.qwen(tmp_path / "qwen"), eos="z")  # an ordinary letter
+    prepare(["the tokens"] * 20, words, tmp_path / "set", SEQ_LEN, validation_fraction=0.0, workers=1)
+    with pytest.raises(UserError, match=r"encodes to the end-of-document token 'z' \(id \d+\), .* name another --eos"):
+        prepare(["the z"] * 20, words, tmp_path / "other", SEQ_LEN, validation_fraction=0.0, workers=1)
+    assert not (tmp_path / "other").exists()
 
 
 def test_text_comes_back(dataset, documents, tokenizer):

@@ -210,8 +210,10 @@ def broken(folder: Path, copy: Path, harm: str) -> None:
 )
 def test_a_folder_that_is_not_whole_is_refused(folder, tmp_path, harm, says):
     broken(folder, tmp_path / "copy", harm)
+    character_tokenizer("abc").save(tmp_path / "tokenizer.json")
+    info = SimpleNamespace(**vars(INFO), tokenizer_path=tmp_path / "tokenizer.json")
     with pytest.raises(UserError, match=says):
-        open_initial(asking(tmp_path / "copy"), INFO, NO_CHECKPOINTS)
+        open_initial(asking(tmp_path / "copy"), info, NO_CHECKPOINTS)
 
 
 def test_a_file_without_a_checksum_is_not_proven(folder, tmp_path):

@@ -114,8 +114,7 @@ def export_folder(
     if code is not None:
         write_atomic(aside / f"{CODE}.py", code)
     if words is not None:
-        words.save(aside / "tokenizer.json")
-        _write_json(aside / "tokenizer_config.json", _tokenizer_config(words, spec.context))
+        words.save(aside, spec.context)
     write_checksums(aside, known)
     publish_directory(aside, output)
     return output
@@ -135,31 +134,11 @@ def how_to_load(path: str | Path) -> str:
     )
 
 
-def _special_tokens(words: Tokenizer | None) -> dict[str, int | None]:
-    """Ids for config.json, always written: transformers' defaults are those of other models' tokenizers.
-
-    A pad that is the EOS too is left out, because transformers gives the pad's embedding no gradient.
-    """
+def _special_tokens(words: Tokenizer | None) -> dict[str, Any]:
+    """Ids for config.json, always written: transformers' defaults are those of other models' tokenizers."""
     if words is None:
         return dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    pad_id = None if words.pad_id == words.eos_id else words.pad_id
-    return {"bos_token_id": words.bos_id, "eos_token_id": words.eos_id, "pad_token_id": pad_id}
-
-
-def _tokenizer_config(words: Tokenizer, context: int) -> dict[str, Any]:
-    """What makes `AutoTokenizer` take tokenizer.json as it is."""
-    config: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": context,
-        "clean_up_tokenization_spaces": False,
-    }
-    vocabulary = words.document["model"]["vocab"]
-    if isinstance(vocabulary, list):  # Unigram: pieces with their scores, by id
-        vocabulary = {name: token for token, (name, _) in enumerate(vocabulary)}
-    tokens = {token: name for name, token in vocabulary.items()}
-    tokens |= {added["id"]: added["content"] for added in words.document.get("added_tokens", [])}
-    ids = {"bos_token": words.bos_id, "eos_token": words.eos_id, "pad_token": words.pad_id}
-    return config | {name: tokens[token] for name, token in ids.items()}
+    return words.special_ids()
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
