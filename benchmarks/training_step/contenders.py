@@ -38,13 +38,16 @@ class Peer(nn.Module):
 
     def __init__(self, case: Case):
         super().__init__()
+        # contiguous and of its own, as from a file: the model keeps the tensors that it is given
+        form = torch.contiguous_format
+        weights = {name: weight.clone(memory_format=form) for name, weight in case.twin_weights().items()}
         (name,) = case.config["architectures"]
         model, found = getattr(hugging_face, name).from_pretrained(
             None,
             config=hugging_face.AutoConfig.for_model(
                 **case.config, bos_token_id=None, eos_token_id=None, pad_token_id=None
             ),
-            state_dict=case.twin_weights(),  # named as in files: version 5 stacks the experts and multiplies in groups
+            state_dict=weights,  # named as in files: version 5 stacks the experts and multiplies in groups
             attn_implementation="sdpa",
             output_loading_info=True,
         )
