@@ -6,7 +6,7 @@
 # NAME ends the names of the results, as in moe_layer_h200.md; FOLDER is benchmarks/results unless told. Every part has
 # a time limit, and all together end within LIMIT seconds (480): what is left over is left out. Of layers and steps,
 # what was measured by then is kept. Exit code 1 where a part failed. With TINY=1 all sizes are the smallest, for any
-# machine; with SLOW=3 all limits are three times as long.
+# machine; with SLOW=3 all limits are three times as long. ONLY='probe|tests' runs parts of these names.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 name=${1:-gpu} results=${2:-benchmarks/results} slow=${SLOW:-1} limit=$((${LIMIT:-480} * ${SLOW:-1}))
@@ -17,6 +17,7 @@ failed=0 table=()
 part() { # NAME SECONDS COMMAND...: its output, and its row of the table
   local part=$1 seconds=$(($2 * slow)) left=$((limit - SECONDS)) begun=$SECONDS code=0 last
   shift 2
+  [[ $part =~ ^(${ONLY:-.*})$ ]] || return
   [ "$seconds" -gt "$left" ] && seconds=$left
   if [ "$seconds" -lt 5 ]; then
     table+=("$(printf '%-26s left out: no time' "$part")")
@@ -43,7 +44,7 @@ if [ -n "${TINY:-}" ]; then
   layer=(--sizes 64x64x64x4x2 --rounds 1)
   run=(recipes/t4_moe.py --steps 4 --schedule.warmup_steps 1 --batch_tokens 512 --micro_batch 4 --model.dim 64
     --model.blocks.attention.heads 2 --model.embedding.rank 16 --precision bf16)
-  recipes=(mosaic_small) samples=200 held_out=8 stop=2
+  recipes=(gpt2_reference) samples=200 held_out=8 stop=2
 fi
 run+=(--model.vocab 18 --model.context 64 --data "$scratch/data" --output "$scratch/run" --ds_config ds_configs/zero1.json
   --checkpoint.every_steps "$stop" --validate_every_steps "$stop" --validation_samples "$held_out")
@@ -53,9 +54,13 @@ mapfile -t tests < <(grep -rl 'mark\.gpu' --include='test_*.py' tests | LC_ALL=C
 part probe 100 python -m benchmarks.gpu_probe
 grep -E '^[^ (].{33} ' "$scratch/log" | cut -c1-130 >"$scratch/probe"
 part tests 120 python -m pytest -m gpu -p no:cacheprovider --timeout 90 "${tests[@]}"
-part data 30 python -m data_prep.arithmetic --output "$scratch/data" --samples "$samples" --seq_len 64
-part train 50 python "${run[@]}" --stop_at_step "$stop"
-part resume 50 python "${run[@]}"
+if python -c 'import streaming' 2>"$scratch/log"; then
+  part data 30 python -m data_prep.arithmetic --output "$scratch/data" --samples "$samples" --seq_len 64
+  part train 50 python "${run[@]}" --stop_at_step "$stop"
+  part resume 50 python "${run[@]}"
+else
+  table+=("$(printf '%-26s left out: %s' 'data, train, resume' "$(tail -1 "$scratch/log")")")
+fi
 for recipe in "${recipes[@]}"; do
   part "step of $recipe" 110 python -m benchmarks.training_step --recipes "$recipe" --dtype bf16 "${scale[@]}" \
     --output "$results/training_step_${recipe}_$name.json"

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 
@@ -16,9 +17,10 @@ RECORDER = """#!/bin/sh
 echo "$@" >> "$RECORD"
 case "$*" in *moe_layer*) echo "RuntimeError: too large"; exit 3;; esac
 """
-SMALLEST = ("probe", "tests", "data", "train", "resume", "step of mosaic_small", "compiled blocks", "MoE layer")
-PARTS = (*SMALLEST[:6], "step of gpt2_reference", *SMALLEST[6:])
-PARTS += ("profile of mosaic_small", "profile of gpt2_reference")
+PARTS = ("probe", "tests", "data", "train", "resume", "step of mosaic_small", "step of gpt2_reference")
+PARTS += ("compiled blocks", "MoE layer", "profile of mosaic_small", "profile of gpt2_reference")
+CHEAP = PARTS[:5]
+"""What runs here in seconds; the others have tests of their own."""
 
 
 def run_script(folder, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -40,7 +42,8 @@ def commands(tmp_path_factory) -> tuple[list[list[str]], subprocess.CompletedPro
     (folder / "python").write_text(RECORDER)
     (folder / "python").chmod(0o755)
     done = run_script(folder, PATH=f"{folder}:{os.environ['PATH']}", RECORD=str(folder / "record"))
-    return [line.split() for line in (folder / "record").read_text().splitlines()], done
+    recorded = [line.split() for line in (folder / "record").read_text().splitlines()]
+    return [words for words in recorded if words[0] != "-c"], done
 
 
 def test_a_failure_ends_nothing_else(commands):
@@ -85,15 +88,33 @@ def gpu_tests() -> list[str]:
 
 
 def test_its_smallest_form_runs_to_the_end(tmp_path):
-    """Where mosaicml-streaming is missing, too."""
-    (tmp_path / "streaming.py").write_text("raise ImportError('not here')\n")
-    done = run_script(tmp_path, TINY="1", SLOW="5", PYTHONPATH=str(tmp_path))
+    done = run_script(tmp_path, TINY="1", SLOW="5", ONLY="|".join(CHEAP))
     table = rows(done.stdout)
-    assert tuple(table) == SMALLEST, done.stdout[-4000:]
+    assert tuple(table) == CHEAP, done.stdout[-4000:]
     assert all(row.startswith("exit 0") for row in table.values()), done.stdout[-4000:]
     assert done.returncode == 0
     assert "done: step 2" in table["train"]
     assert "done: step 4" in table["resume"]
+
+
+def test_tests_are_collected_where_streaming_is_missing(tmp_path):
+    (tmp_path / "streaming.py").write_text("raise ImportError('not here')\n")
+    words = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--collect-only",
+        "-q",
+        "-m",
+        "gpu",
+        "-p",
+        "no:cacheprovider",
+        *gpu_tests(),
+    ]
+    environment = clean_environment() | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert all(file in done.stdout for file in gpu_tests())
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed (Debian: shellcheck)")
