@@ -14,6 +14,7 @@ from mosaic_dist.convert import load_exported
 from mosaic_dist.convert.hugging_face import spec_from_config
 from mosaic_dist.convert.writing import write_checksums
 from mosaic_dist.data.characters import character_tokenizer
+from mosaic_dist.data.tokenizer import Tokenizer
 from mosaic_dist.errors import UserError
 from mosaic_dist.model import Init, materialize
 from mosaic_dist.parallel import place_experts
@@ -214,6 +215,17 @@ def test_a_folder_that_is_not_whole_is_refused(folder, tmp_path, harm, says):
     info = SimpleNamespace(**vars(INFO), tokenizer_path=tmp_path / "tokenizer.json")
     with pytest.raises(UserError, match=says):
         open_initial(asking(tmp_path / "copy"), info, NO_CHECKPOINTS)
+
+
+def test_a_bos_before_each_text_makes_no_other_tokenizer(folder, tmp_path):
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    plain = json.loads(character_tokenizer("abc").to_json()) | {"post_processor": None}
+    Tokenizer(json.dumps(plain)).save(copy)
+    with_bos = Tokenizer.load(copy).adding_bos()
+    with_bos.save(tmp_path)
+    info = SimpleNamespace(path="data", tokenizer=with_bos.digest, tokenizer_path=tmp_path / "tokenizer.json")
+    assert with_bos.digest != Tokenizer.load(copy).digest
+    assert open_initial(asking(copy), info, NO_CHECKPOINTS) is not None
 
 
 def test_a_file_without_a_checksum_is_not_proven(folder, tmp_path):
