@@ -36,8 +36,9 @@ class Run(Spec):
     sequences at a time and accumulates the rest. `precision` "auto" means bf16 where the GPU has it, fp16 on older
     ones, fp32 on CPU. `nonfinite` says what a NaN or infinite loss does: "stop" the run, or "skip" the step; `spikes`
     what one does that jumps.
-    `validate_every_steps` 0 turns validation off; `validation_samples` bounds it (0: all). With `exact_match_samples`
-    it also tells how many of so many rows are answered to the letter, where the data are questions with an answer each.
+    `validate_every_steps` 0 turns validation off. It takes `validation_samples` rows (0: all), evenly over the split;
+    `seed` decides which ones. With `exact_match_samples` it also reports the exact-match accuracy on that many rows,
+    where the data are questions with an answer each.
     With `early_stopping_patience` the run ends when so many validations in a row have not lowered the best loss (0:
     never). `initial_model` is a folder, an exported model of ours or one that transformers saved, whose weights the run
     starts from ("": from `seed`); a run that has a checkpoint goes on from that.

@@ -152,29 +152,32 @@ def begin(run: Run, info: Corpus, engine: Engine, checkpoint: Checkpoint | None,
     return Trainer(run, engine, loader, progress, until_step)
 
 
+def held_out_streams(run: Run, info: Corpus, engine: Engine, samples: int | None) -> list[HeldOutStream]:
+    """Held-out rows of each stream of the training data, at most `samples` (None: all), as batches of this rank."""
+    parts = parts_of(info, run.data.split)
+    whole = sum(part.proportion for part in parts)
+    batches = functools.partial(
+        ValidationBatches,
+        run.data,
+        batch=run.micro_batch,
+        rank=engine.sequences.data_rank,
+        world_size=engine.sequences.data_ranks,
+        seq_len=run.seq_len,
+        limit=samples,
+        seed=run.seed,
+        device=engine.world.device,
+    )
+    return [HeldOutStream(part.name, part.proportion / whole, batches(part.info)) for part in parts]
+
+
 def make_hooks(
     trainer: Trainer, folder: RunFolder, info: Corpus, speed: Speed, saver: Saver, trackers: list[Tracker]
 ) -> list[Hook]:
     """What happens after each step, in this order. The main process alone reports."""
     run, world, step = trainer.run, trainer.engine.world, trainer.progress.step
-
-    def first(samples: int | None) -> list[HeldOutStream]:
-        parts = parts_of(info, run.data.split)
-        whole = sum(part.proportion for part in parts)
-        batches = functools.partial(
-            ValidationBatches,
-            run.data,
-            batch=run.micro_batch,
-            rank=trainer.engine.sequences.data_rank,
-            world_size=trainer.engine.sequences.data_ranks,
-            seq_len=run.seq_len,
-            limit=samples,
-            device=world.device,
-        )
-        return [HeldOutStream(part.name, part.proportion / whole, batches(part.info)) for part in parts]
-
-    held_out = first(run.validation_samples or None) if run.validate_every_steps else []
-    questions = first(run.exact_match_samples) if run.exact_match_samples else []
+    streams = functools.partial(held_out_streams, run, info, trainer.engine)
+    held_out = streams(run.validation_samples or None) if run.validate_every_steps else []
+    questions = streams(run.exact_match_samples) if run.exact_match_samples else []
     hooks: list[Hook] = [NonfiniteGuard(run.nonfinite), Validation(held_out, questions)]
     if world.is_main:
         if run.parallel.compile_blocks:
