@@ -1,16 +1,21 @@
 """Run: everything that defines an experiment, in one value."""
 
+import importlib.util
+import json
 import re
+import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from mosaic_dist.checkpoint.spec import CheckpointPolicy
 from mosaic_dist.data import Data
+from mosaic_dist.errors import UserError
 from mosaic_dist.model import Transformer
 from mosaic_dist.optim import BatchRamp, Cosine, Optimizer, Schedule, Spikes
 from mosaic_dist.parallel.deepspeed_config import Precision, fill_config
 from mosaic_dist.parallel.spec import Parallel
-from mosaic_dist.spec import NonNegative, Positive, Spec, SpecError, at, leaves
+from mosaic_dist.spec import NonNegative, Positive, Spec, SpecError, at, leaves, recipe_asked_for
 
 
 class Logging(Spec):
@@ -163,6 +168,54 @@ class Run(Spec):
             world_size=world_size,
             clip_norm=self.optimizer.clip_norm,
         )
+
+
+ENVIRONMENT_JSON, OWN_PARTS = "environment.json", "own_parts"
+"""Next to run.yaml, and the key there: kinds that are not of this package, with the files that define them."""
+
+
+def read_run(path: Path) -> Run:
+    """The run of a run.yaml. UserError that names the file, and for a kind of the recipe's own the recipe."""
+
+    def recipe() -> str:
+        return next(iter(recorded(path.parent).get(OWN_PARTS, {}).values()), "FILE")
+
+    try:
+        with recipe_asked_for(recipe):
+            return Run.from_yaml(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:  # a UserError, or no text
+        raise UserError(f"{path}: {error}") from None
+
+
+def recorded(folder: Path) -> dict[str, Any]:
+    """What a run folder says about the environment and the layout of its last start; nothing where it has no record."""
+    file = folder / ENVIRONMENT_JSON
+    try:
+        return json.loads(file.read_text()) if file.exists() else {}
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON: {error}") from None
+
+
+def import_recipe(file: str | None) -> None:
+    """Run a recipe's Python file, without its `main`, so that the kinds it defines are known. None: there is none.
+
+    Only a file that the user names is run: a run folder may come from someone else.
+    """
+    if file is None:
+        return
+    path = Path(file)
+    if not path.is_file():
+        raise UserError(f"--recipe {file}: there is no such file")
+    if path.stem in sys.modules:
+        return
+    sys.path.insert(0, str(path.resolve().parent))  # recipes build on each other
+    module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    if module_spec is None or module_spec.loader is None:
+        raise UserError(f"--recipe {file} is not a Python file")
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
 
 
 MAY_CHANGE = (

@@ -12,13 +12,17 @@ and its values are checked when it is made, so a spec that exists is well-formed
 """
 
 import contextlib
+import contextvars
 import dataclasses
 import difflib
+import functools
+import importlib.metadata
 import math
 import re
+import sys
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, Union, dataclass_transform
 
 import yaml
@@ -35,7 +39,11 @@ class SpecError(UserError):
 
     def under(self, prefix: str) -> "SpecError":
         """The same error seen from the parent that holds the spec at `prefix`."""
-        return SpecError(join(prefix, self.path), self.reason)
+        return type(self)(join(prefix, self.path), self.reason)
+
+
+class UnknownKindError(SpecError):
+    """A type name that no class here has: it is misspelt, or the module that defines it was not imported."""
 
 
 @contextlib.contextmanager
@@ -82,7 +90,8 @@ class Spec:
     def __post_init__(self) -> None:
         for name, annotation in fields(type(self)).items():
             object.__setattr__(self, name, parse(annotation, getattr(self, name), name))
-        self.check()
+        if not (_keeps_unknown.get() and holds_unknown(self)):
+            self.check()
 
     def check(self) -> None:
         """Refuse values that do not go together: raise `SpecError(field, reason)`."""
@@ -114,6 +123,42 @@ class Spec:
 S = TypeVar("S", bound=Spec)
 
 
+class UnknownPart(Spec):
+    """A part of a kind that is not known here, as it was written. It can be compared with others, and not be built."""
+
+    kind: str
+    settings: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        """Nothing is known that could be checked."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """What was written."""
+        return {"type": self.kind, **self.settings}
+
+
+_keeps_unknown = contextvars.ContextVar("keeps_unknown", default=False)
+
+
+@contextlib.contextmanager
+def unknown_parts_kept() -> Iterator[None]:
+    """Specs read inside hold an `UnknownPart` for each part of an unknown kind; what holds one is not checked."""
+    token = _keeps_unknown.set(True)
+    try:
+        yield
+    finally:
+        _keeps_unknown.reset(token)
+
+
+@contextlib.contextmanager
+def recipe_asked_for(file: Callable[[], str] = lambda: "FILE") -> Iterator[None]:
+    """An unknown kind inside is an error that asks for the recipe which defines it, by the name that `file` finds."""
+    try:
+        yield
+    except UnknownKindError as error:
+        raise UserError(f"{error}; if it is a part of your own, add --recipe {file()}") from None
+
+
 _FIELDS: dict[type[Spec], dict[str, Any]] = {}
 
 
@@ -130,6 +175,50 @@ def kinds(family: type[Spec]) -> dict[str, type[Spec]]:
     found = {} if family.type_name is None else {family.type_name: family}
     for child in family.__subclasses__():
         found |= kinds(child)
+    return found
+
+
+PARTS_GROUP = "mosaic_dist.parts"
+"""Entry points of installed packages: modules that define kinds."""
+
+
+@functools.cache
+def load_installed_parts() -> None:
+    """Import the modules that installed packages name as entry points, which makes their kinds known."""
+    for entry in importlib.metadata.entry_points(group=PARTS_GROUP):
+        try:
+            entry.load()
+        except Exception as error:
+            raise UserError(
+                f"the entry point {entry.name} = {entry.value} of {PARTS_GROUP} cannot be imported "
+                f"({type(error).__name__}: {error}); update or uninstall the package that names it"
+            ) from error
+
+
+def parts(spec: Spec) -> Iterator[Spec]:
+    """A spec and all specs in it."""
+    yield spec
+    for name in fields(type(spec)):
+        value = getattr(spec, name)
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, Spec):
+                yield from parts(part)
+
+
+def holds_unknown(spec: Spec) -> bool:
+    """Whether a part is of an unknown kind, so that the spec can be compared and not be built."""
+    return any(isinstance(part, UnknownPart) for part in parts(spec))
+
+
+def own_parts(spec: Spec) -> dict[str, str]:
+    """Kinds in a spec that neither this package nor an installed one brings, with the files that define them."""
+    packages = {entry.module.partition(".")[0] for entry in importlib.metadata.entry_points(group=PARTS_GROUP)}
+    packages.add(__name__.partition(".")[0])
+    found = {}
+    for cls in {type(part) for part in parts(spec)}:
+        if cls.type_name is not None and cls.__module__.partition(".")[0] not in packages:
+            module = sys.modules.get(cls.__module__)
+            found[cls.type_name] = str(getattr(module, "__file__", cls.__module__))  # a notebook has no file
     return found
 
 
@@ -215,13 +304,18 @@ def _parse_union(arms: tuple[Any, ...], value: Any, path: str) -> Any:
 
 
 def _parse_spec(family: type[Spec], value: Any, path: str) -> Spec:
-    if isinstance(value, family):
+    if isinstance(value, family | UnknownPart):
         return value
     if isinstance(value, str) and kinds(family):
         value = {"type": value}
     if not isinstance(value, Mapping):
         raise SpecError(path, f"expected {_name(family)}, got {_show(value)}")
-    cls = kind_of(family, value, path)
+    try:
+        cls = kind_of(family, value, path)
+    except UnknownKindError:
+        if not _keeps_unknown.get():
+            raise
+        return UnknownPart(kind=value["type"], settings={key: item for key, item in value.items() if key != "type"})
     given = {str(key): item for key, item in value.items() if not (key == "type" and cls.type_name)}
     known = fields(cls)
     for key in given:
@@ -247,7 +341,12 @@ def kind_of(family: type[Spec], data: Mapping[str, Any], path: str) -> type[Spec
     if name is None:
         raise SpecError(join(path, "type"), f"name a kind of {_name(family)}: {', '.join(sorted(options))}")
     if name not in options:
-        raise SpecError(join(path, "type"), f"no kind {name!r} of {_name(family)}; {nearest(str(name), list(options))}")
+        load_installed_parts()
+        options = kinds(family)
+    if name not in options:
+        raise UnknownKindError(
+            join(path, "type"), f"no kind {name!r} of {_name(family)}; {nearest(str(name), list(options))}"
+        )
     return options[name]
 
 

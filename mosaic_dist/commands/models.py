@@ -11,7 +11,7 @@ from mosaic_dist.data.tokenizer import Tokenizer
 from mosaic_dist.errors import UserError
 from mosaic_dist.evaluate.generate import Sampling
 from mosaic_dist.evaluate.generate import generate as generate_tokens
-from mosaic_dist.run_spec import Run
+from mosaic_dist.run_spec import import_recipe, read_run
 from mosaic_dist.spec import Fraction, NonNegativeFloat, Positive, PositiveFloat
 
 
@@ -24,6 +24,7 @@ def export(
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32",
     max_shard_size: str = "5GB",
     ternary: Literal["float", "packed"] = "float",
+    recipe: str | None = None,
 ) -> None:
     """Write a run's weights as safetensors, with configuration and tokenizer.
 
@@ -38,9 +39,11 @@ def export(
     --dtype TYPE          fp32 (as trained), bf16 or fp16
     --max_shard_size SIZE where to cut into several files, as 5GB or 500MB
     --ternary FORM        float, or packed: ternary matrices in 1.6 bits per weight, for native only
+    --recipe FILE         the Python file that defines parts of the run's own, if it has any; its code is run
     """
+    import_recipe(recipe)
     folder, chosen = choose_checkpoint(run, checkpoint, step)
-    described = Run.from_yaml((folder / RUN_YAML).read_text())
+    described = read_run(folder / RUN_YAML)
     tokenizer = folder / "tokenizer.json"
     size = parse_size(max_shard_size)
     if format == "hf":
@@ -87,6 +90,7 @@ def generate(
     top_p: Fraction | None = None,
     repetition_penalty: PositiveFloat = 1.0,
     seed: int = 0,
+    recipe: str | None = None,
 ) -> None:
     """Continue a text with an exported model.
 
@@ -98,7 +102,9 @@ def generate(
     --top_p P             draw from the most likely tokens that together have probability P
     --repetition_penalty X  above 1: tokens that were there become less likely
     --seed N              of the draws
+    --recipe FILE         the Python file that defines parts of the model's own, if it has any; its code is run
     """
+    import_recipe(recipe)
     tokenizer = Tokenizer.load(model)
     network = load_exported(model)
     tokens = tokenizer.encode_prompt(prompt)

@@ -25,6 +25,7 @@ from mosaic_dist.convert.writing import CHECKSUMS, write_checksums, write_weight
 from mosaic_dist.errors import UserError
 from mosaic_dist.files import checksum, publish_directory, write_atomic
 from mosaic_dist.model import Transformer, TransformerModel, materialize
+from mosaic_dist.spec import recipe_asked_for
 
 FORMAT_VERSION = 1
 Ternary = Literal["float", "packed"]
@@ -157,7 +158,8 @@ def load_exported(path: str | Path) -> TransformerModel:
     if config.get("model_type") != "mosaic_dist" or config.get("format_version") != FORMAT_VERSION:
         found = f"{config.get('model_type')!r} version {config.get('format_version')!r}"
         raise UserError(f"{path} holds {found}; this version reads 'mosaic_dist' version {FORMAT_VERSION}")
-    model, dtype = _on_meta(Transformer.from_dict(config["model"])), DTYPES[config["dtype"]]
+    with recipe_asked_for():
+        model, dtype = _on_meta(Transformer.from_dict(config["model"])), DTYPES[config["dtype"]]
     materialize(model, torch.device("cpu"))
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)

@@ -16,7 +16,7 @@ from mosaic_dist.convert.writing import CHECKSUMS
 from mosaic_dist.errors import UserError
 from mosaic_dist.files import checksum
 from mosaic_dist.model import Transformer
-from mosaic_dist.spec import at
+from mosaic_dist.spec import at, recipe_asked_for
 
 
 def verify(found: Located, model: Transformer | None, threads: int) -> list[Path]:
@@ -108,7 +108,7 @@ def _check_tensors(folder: Path, listed: set[str]) -> None:
     if config.get("model_type") != "mosaic_dist":
         import_folder(folder)  # checks names against the configuration
         return
-    with at(f"{folder / 'config.json'}: model"):
+    with recipe_asked_for(), at(f"{folder / 'config.json'}: model"):
         model = Transformer.from_dict(config.get("model", {}))
     expected = planned_tensors(model, config["dtype"], config.get("ternary", "float"))
     wanted = {name: (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in expected}

@@ -15,7 +15,7 @@ import torch
 from mosaic_dist.checkpoint import refuse_foreign
 from mosaic_dist.errors import UserError
 from mosaic_dist.files import ASIDE, write_atomic
-from mosaic_dist.run_spec import Run, differences, listing
+from mosaic_dist.run_spec import ENVIRONMENT_JSON, Run, differences, listing, read_run
 
 PACKAGES = ("mosaic-dist", "torch", "deepspeed", "mosaicml-streaming", "tokenizers", "safetensors", "numpy")
 BEFORE_RUN_YAML = {"checkpoints", ".lock", "slurm", ".doctor"}
@@ -39,7 +39,7 @@ class RunFolder:
         Raises UserError when the folder belongs to another run, is in use, or holds other files.
         """
         if self.run_yaml.exists():
-            found = list(differences(Run.from_yaml(self.run_yaml.read_text()), run))
+            found = list(differences(read_run(self.run_yaml), run))
             if found:
                 raise UserError(f"{self.path} holds another run; choose another --output.{listing(found)}")
         elif self.path.exists() and not self._is_barely_begun():
@@ -72,7 +72,7 @@ class RunFolder:
         """Write the resolved run, the DeepSpeed config, the environment and the tokenizer."""
         write_atomic(self.run_yaml, run.to_yaml())
         write_atomic(self.path / "ds_config.json", json.dumps(config, indent=2) + "\n")
-        write_atomic(self.path / "environment.json", json.dumps(environment() | facts, indent=2) + "\n")
+        write_atomic(self.path / ENVIRONMENT_JSON, json.dumps(environment() | facts, indent=2) + "\n")
         diff = _git("diff", "HEAD")
         if diff:
             write_atomic(self.path / "git.diff", diff + "\n")

@@ -12,7 +12,8 @@ from mosaic_dist.data.mixture import Corpus, parts_of
 from mosaic_dist.data.stream import Loader, ValidationBatches
 from mosaic_dist.model import Counts, flops_per_token
 from mosaic_dist.parallel import Engine, World, on_main
-from mosaic_dist.run_spec import Run
+from mosaic_dist.run_spec import OWN_PARTS, Run
+from mosaic_dist.spec import own_parts
 from mosaic_dist.train.folder import RunFolder
 from mosaic_dist.train.initial import InitialWeights, fill, verify_together
 from mosaic_dist.train.interruption import Deadline, StopSignals
@@ -63,7 +64,12 @@ def train_run(start: Start, world: World) -> Trainer:
     checkpoint = newest_good(folder, world)
     trainer = begin(run, start.info, engine, checkpoint, min(run.steps, start.stop_at_step or run.steps))
     peak, peak_source = peak_flops_per_second(world.device)
-    facts = engine_facts(engine, start.counts) | {"peak_flops_per_second": peak, "peak_source": peak_source}
+    facts = engine_facts(engine, start.counts) | {
+        "flops_per_token": flops_per_token(run.model, run.seq_len),
+        "peak_flops_per_second": peak,
+        "peak_source": peak_source,
+        OWN_PARTS: own_parts(run),
+    }
     on_main(world, lambda: folder.describe(run, start.config, facts, start.info.tokenizer_path))
     say(world, how_it_begins(trainer, start.counts, folder))
     if not trainer.is_ending:
@@ -72,7 +78,7 @@ def train_run(start: Start, world: World) -> Trainer:
         saver = Saver(folder, start.deadline, trainer)
         watch = Watch(world, run.parallel.step_limit_seconds, folder.path)
         trainer.entered = watch.enter
-        speed = Speed(flops_per_token(run.model, run.seq_len), peak)
+        speed = Speed(facts["flops_per_token"], peak)
         try:
             trainer.train(make_hooks(trainer, folder, start.info, speed, saver, trackers))
         finally:
@@ -92,6 +98,10 @@ def how_it_begins(trainer: Trainer, counts: Counts, folder: RunFolder) -> str:
         f"{trainer.run.dealt(engine.world.size)}, expert parallel {engine.degree}, ZeRO {engine.zero_stage}; "
         f"steps {progress.step} to {trainer.until_step} of {trainer.run.steps} in {folder.path}"
     )
+    for kind, file in own_parts(trainer.run).items():
+        told += (
+            f"\nthe part {kind} is defined in {file}: commands that build the model of this run need --recipe {file}"
+        )
     if not trainer.is_ending:
         compiles = trainer.run.parallel.compile_blocks
         return told + ("\ncompiling blocks in the first step: it may take minutes" if compiles else "")
