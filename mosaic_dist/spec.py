@@ -236,12 +236,46 @@ def join(prefix: str, path: str) -> str:
 # --- plain values -> typed values ---------------------------------------------------------------------------------
 
 
+class Word(str):
+    """A word of the command line: text as it stands where text is expected, else what `read` makes of it."""
+
+    read: Callable[[str], Any]
+
+    def __new__(cls, text: str, read: Callable[[str], Any]) -> Self:
+        """`read` gives the value that the text is written for, or the text itself."""
+        word = super().__new__(cls, text)
+        word.read = read
+        return word
+
+    def meant_for(self, annotation: Any) -> Any:
+        """The plain value where `annotation` is expected; `None` means no value wherever there may be none."""
+        arms, text = list(_arms(annotation)), str(self)
+        if str not in arms:
+            return self.read(text)
+        return None if text == "None" and types.NoneType in arms else text
+
+
+def _arms(annotation: Any) -> Iterator[Any]:
+    """The types that an annotation allows, without bounds."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        yield from _arms(arguments[0])
+    elif origin in (Union, types.UnionType):
+        for argument in arguments:
+            yield from _arms(argument)
+    else:
+        yield annotation
+
+
 def parse(annotation: Any, value: Any, path: str) -> Any:
     """Check a value against an annotation and return it in its typed form; `SpecError` at `path` if it does not fit.
 
     Understands bool, int, float, str, None, `Literal`, `Annotated[..., Range]`, unions, `tuple[X, ...]`,
-    `dict[str, X]` and specs (an instance, a dict, or the bare type name of a kind).
+    `dict[str, X]` and specs (an instance, a dict, or the bare type name of a kind). A `Word` stands for what it means
+    here.
     """
+    if isinstance(value, Word):
+        value = value.meant_for(annotation)
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
         return _parse_bounded(arguments[0], arguments[1:], value, path)
@@ -482,6 +516,8 @@ def _replace_in_list(annotation: Any, data: list[Any], steps: list[str], value: 
 
 def _swap_kind(annotation: Any, old: Any, value: Any, path: str) -> Any:
     """A bare kind name keeps the fields that the old and the new kind share; anything else replaces the old value."""
+    if isinstance(value, Word):
+        value = value.meant_for(annotation)
     family = _spec_class(annotation, None)
     if family is None or not isinstance(value, str) or not isinstance(old, dict):
         return _plain(value)
