@@ -6,9 +6,12 @@ WORKERS ?= 2
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 OLDEST := .venv-oldest
+# what depends on versions: other packages' formats and models, what imports what, the order and the shards
+VERSION_TESTS := tests/convert tests/benchmarks tests/test_imports.py tests/test_versions.py tests/model/test_published.py \
+  tests/data/test_mds.py tests/data/test_order.py tests/data/test_shards.py tests/data/test_tokenizer.py
 UV = $(VENV)/bin/uv pip install --quiet --python
 
-.PHONY: demo test lint bench install clean
+.PHONY: demo test test-oldest lint bench install clean
 
 demo: $(INSTALLED)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash recipes/demo.sh "$(CORPUS)" $(STEPS)
@@ -16,6 +19,11 @@ demo: $(INSTALLED)
 # each worker takes a file at a time, the long ones first; most tests start processes of their own
 test: lint
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST)
+
+# the same with the oldest versions, of the tests that depend on them
+test-oldest: $(OLDEST)/.installed
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
+	  $(or $(PYTEST),$(VERSION_TESTS))
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
@@ -43,7 +51,8 @@ $(INSTALLED): pyproject.toml constraints/newest.txt
 # The oldest versions that are supported, for the tests that depend on them.
 $(OLDEST)/.installed: pyproject.toml constraints/oldest.txt $(INSTALLED)
 	$(PYTHON) -m venv $(OLDEST)
-	$(UV) $(OLDEST)/bin/python --constraints constraints/oldest.txt --editable . transformers pytest pytest-timeout pytest-xdist
+	$(UV) $(OLDEST)/bin/python --constraints constraints/oldest.txt --editable . transformers pytest pytest-timeout \
+	  pytest-xdist
 	@touch $@
 
 clean:

@@ -4,7 +4,7 @@
 of them see the same machine; the figures are medians over the rounds. Contenders:
 
 ours              `MoE` with SwiGLU experts, no token dropped
-hf                the block of Mixtral in `transformers`
+hf                the block of Mixtral in `transformers`; of the ways that version 5 computes experts, the grouped one
 autoep            DeepSpeed's AutoEP layer, made from that block
 deepspeed         `deepspeed.moe.layer.MoE`, no token dropped: every expert is padded to the fullest
 deepspeed_drop    the same with capacity factor 1: less work, another result
@@ -19,7 +19,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,8 @@ CPU_SIZES = (
     "512x512x1024x8x1 512x512x1024x8x2 512x512x256x64x8 2048x512x1024x8x1 2048x512x1024x8x2 2048x512x256x64x8 "
     "16384x512x1024x8x1 16384x512x1024x8x2 16384x512x256x64x8"
 )
+EXPERTS = "grouped_mm"
+"""The fastest of the ways in which transformers 5 computes experts, on CPUs too; 4 has one way and ignores it."""
 GPU_SIZES = "16384x768x2048x8x2 16384x768x512x64x8 16384x2048x5632x8x2 16384x2880x2880x32x4"
 MOST_ROUTING_BYTES = 4 << 30
 """DeepSpeed's own layer makes tensors [S, E, capacity]; sizes where one is larger are left out for it."""
@@ -85,8 +87,22 @@ def make_block(size: Size, device: torch.device, dtype: torch.dtype) -> MixtralS
         num_local_experts=size.E,
         num_experts_per_tok=size.K,
         router_jitter_noise=0.0,
+        experts_implementation=EXPERTS,
     )
-    return MixtralSparseMoeBlock(config).to(device, dtype)
+    block = MixtralSparseMoeBlock(config)
+    for weight in block.parameters():  # nn.Linear's own initial values; stacked experts come without any
+        nn.init.uniform_(weight, -(weight.shape[-1] ** -0.5), weight.shape[-1] ** -0.5)
+    return block.to(device, dtype)
+
+
+def expert_weights(block: MixtralSparseMoeBlock) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Gate [F, D], up [F, D] and down [D, F] of each expert: modules in transformers 4, stacked in 5."""
+    if isinstance(block.experts, nn.ModuleList):
+        for expert in block.experts:
+            yield expert.w1.weight, expert.w3.weight, expert.w2.weight
+    else:
+        for gate_up, down in zip(block.experts.gate_up_proj, block.experts.down_proj, strict=True):
+            yield *gate_up.chunk(2), down
 
 
 @torch.no_grad()
@@ -95,9 +111,9 @@ def make_ours(block: MixtralSparseMoeBlock, size: Size) -> MixtureOfExperts:
     spec = MoE(expert=SwiGLU(width=size.F), experts=size.E, top_k=size.K, router=TopKSoftmax(), balance_weight=0.0)
     layer: Any = spec.build(size.D).to(block.gate.weight)
     layer.router.weight.copy_(block.gate.weight)
-    for e, expert in enumerate(block.experts):
-        for ours, theirs in (("gate", "w1"), ("up", "w3"), ("down", "w2")):
-            getattr(layer.experts, ours).weight[e] = getattr(expert, theirs).weight.T
+    for e, weights in enumerate(expert_weights(block)):
+        for name, weight in zip(("gate", "up", "down"), weights, strict=True):
+            getattr(layer.experts, name).weight[e] = weight.T
     return layer
 
 
@@ -107,15 +123,16 @@ def make_autoep(block: MixtralSparseMoeBlock, size: Size) -> nn.Module:
     from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
     from deepspeed.module_inject.auto_ep_presets.base import MoELayerSpec
 
+    stacked = not isinstance(block.experts, nn.ModuleList)
     spec = MoELayerSpec(
         moe_module_name="mlp",
         model_family="mixtral",
         router_name="gate",
         experts_name="experts",
-        expert_storage="module_list",
-        expert_w1_name="w1",
-        expert_w2_name="w2",
-        expert_w3_name="w3",
+        expert_storage="fused_3d" if stacked else "module_list",
+        expert_w1_name="gate_up_proj" if stacked else "w1",
+        expert_w2_name="down_proj" if stacked else "w2",
+        expert_w3_name=None if stacked else "w3",
         num_experts=size.E,
         top_k=size.K,
         hidden_size=size.D,
@@ -145,8 +162,9 @@ def make_deepspeed(block: MixtralSparseMoeBlock, size: Size, drop: bool) -> nn.M
     layer.set_deepspeed_parallelism()
     layer = layer.to(block.gate.weight)
     layer.deepspeed_moe.gate.wg.weight.data = block.gate.weight.float().clone()  # it wants its gate in float32
-    for mine, theirs in zip(layer.deepspeed_moe.experts.deepspeed_experts, block.experts, strict=True):
-        mine.load_state_dict(theirs.state_dict(), strict=False)
+    experts = layer.deepspeed_moe.experts.deepspeed_experts
+    for expert, (gate, up, down) in zip(experts, expert_weights(block), strict=True):
+        expert.w1.weight.copy_(gate), expert.w3.weight.copy_(up), expert.w2.weight.copy_(down)
     return layer
 
 

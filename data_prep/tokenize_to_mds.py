@@ -15,6 +15,9 @@ def tokenize_to_mds(
     tokenizer: str,
     output: str,
     seq_len: Positive,
+    eos: str | None = None,
+    bos: str | None = None,
+    add_bos_token: bool = False,
     input: str | None = None,
     dataset: str | None = None,
     split: str = "train",
@@ -38,7 +41,10 @@ def tokenize_to_mds(
     dataset instead, as NAME or NAME:CONFIG, or from a local folder; --split says which part.
 
     --tokenizer is a tokenizer.json, a SentencePiece .model, or a folder that holds one (tokenizer.json, else
-    tokenizer.model). Documents end with its EOS and are packed without gaps.
+    tokenizer.model). Documents end with its EOS and are packed without gaps; --add_bos_token begins each with its BOS.
+    --eos and --bos name any of its tokens for that, such as --eos '<|endoftext|>' or --eos "'[SEP]'" (brackets need
+    both pairs of quotes). By default they are those that tokenizer_config.json in the tokenizer's folder names, or else
+    the usual ones among its added tokens.
     --min_document_bytes and --max_document_bytes leave out shorter and longer documents (bytes of UTF-8).
     --deduplicate keeps the first of equal texts, by a hash of 128 bits; it takes about 20 bytes of memory a document.
     --validation_fraction of the documents, chosen by a hash of their text, become the validation split (0: none).
@@ -51,15 +57,23 @@ def tokenize_to_mds(
     """
     start = time.perf_counter()
     documents = choose_documents(input, more, dataset, split, field)
+    words = Tokenizer.load(tokenizer, eos=eos, bos=bos)
+    if words.adds_bos and not add_bos_token:
+        print(
+            f"{tokenizer} puts {words.tokens['bos_token']!r} before each prompt, but no document will begin with it; "
+            "--add_bos_token changes that",
+            file=sys.stderr,
+        )
     info = prepare(
         documents,
-        Tokenizer.load(tokenizer),
+        words,
         output,
         seq_len,
         validation_fraction=validation_fraction,
         min_document_bytes=min_document_bytes,
         max_document_bytes=max_document_bytes,
         deduplicate=deduplicate,
+        add_bos_token=add_bos_token,
         workers=workers,
         compression=compression,
         overwrite=overwrite,

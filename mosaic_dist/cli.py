@@ -5,6 +5,7 @@ flag, a missing one or a value of the wrong type is one message, and nothing has
 """
 
 import ast
+import contextlib
 import importlib.util
 import inspect
 import os
@@ -12,7 +13,7 @@ import re
 import sys
 import traceback
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,7 +24,8 @@ from fire.parser import DefaultParseValue
 from mosaic_dist.errors import UserError
 from mosaic_dist.spec import SpecError, Word, nearest, parse
 
-USAGE_EXIT_CODE = 2
+CTRL_C_EXIT_CODE = 130
+"""As shells have it: 128 + SIGINT."""
 HELP_FLAGS = ("--help", "-h")
 
 
@@ -34,20 +36,31 @@ def run_command(
 
     A `**overrides` parameter takes all flags that are not named in the signature (dotted paths of a spec), each value a
     `Word`; a `*positional` one takes all words that are not flags, as text. Returns the function's result. On a
-    `UserError` the message is printed to stderr and the process ends with exit code 2. Where many processes get the
-    same words, only the one that `is_speaker` prints help and errors.
+    `UserError` the message is printed to stderr and the process ends with its exit code, 2; on Ctrl-C with 130. Where
+    many processes get the same words, only the one that `is_speaker` prints help and errors.
     """
     words = sys.argv[1:] if words is None else words
     if any(word in HELP_FLAGS for word in words):
         if is_speaker:
             print(help_text(function, name))
         sys.exit(0)
-    try:
+    with one_message(is_speaker):
         positional, flags = parse_words(words)
         arguments, keywords = bind(function, positional, flags, name)
         return function(*arguments, **keywords)
+
+
+@contextlib.contextmanager
+def one_message(is_speaker: bool = True) -> Iterator[None]:
+    """End the process with one message, not a traceback, on a UserError and on Ctrl-C."""
+    try:
+        yield
     except UserError as error:
         fail(error, is_speaker)
+    except KeyboardInterrupt:
+        if is_speaker:
+            print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(CTRL_C_EXIT_CODE)
 
 
 def run_subcommand(commands: Mapping[str, str], program: str, words: list[str] | None = None) -> Any:
@@ -58,13 +71,14 @@ def run_subcommand(commands: Mapping[str, str], program: str, words: list[str] |
     words = sys.argv[1:] if words is None else words
     if words and words[0] in commands:
         module, _, function = commands[words[0]].partition(":")
-        command = getattr(importlib.import_module(module), function)
+        with one_message():
+            command = getattr(importlib.import_module(module), function)
         return run_command(command, f"{program} {words[0]}", words[1:])
     if not words or words[0] in HELP_FLAGS:
         width = max(map(len, commands))
         listing = "\n".join(f"  {name:<{width}} {summary(place)}" for name, place in commands.items())
         print(f"usage: {program} COMMAND [FLAGS]\n\n{listing}\n\n`{program} COMMAND --help` tells the flags of one.")
-        sys.exit(0 if words else USAGE_EXIT_CODE)
+        sys.exit(0 if words else UserError.exit_code)
     fail(UserError(f"no command {words[0]!r}; {nearest(words[0], list(commands))}"))
 
 
@@ -74,7 +88,7 @@ def fail(error: UserError, is_speaker: bool = True) -> NoReturn:
         traceback.print_exception(error)
     if is_speaker:
         print(f"error: {error}", file=sys.stderr, flush=True)
-    sys.exit(USAGE_EXIT_CODE)
+    sys.exit(error.exit_code)
 
 
 def parse_words(words: list[str]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import xxhash
 
+from mosaic_dist.errors import UserError
+
 CHUNK_BYTES = 8 << 20
 
 
@@ -58,9 +60,42 @@ ASIDE = re.compile(r"\..+\.\d+\.tmp")
 """Names of files that `write_atomic` has not finished."""
 
 
-def write_atomic(path: str | Path, content: str | bytes) -> None:
-    """Write a file so that a reader, or a crash, sees the old content or the new one, never a part."""
+def check_output_file(path: str | Path) -> None:
+    """UserError unless `path` is a regular file or free, with nothing but directories above it.
+
+    `write_atomic` checks this too; call it first where the content takes long to make. A rename would replace whatever
+    has the name: a pipe that somebody reads, or, for root, /dev/null of the whole machine.
+    """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        kind = "directory" if path.is_dir() else "pipe, device or socket"
+        raise UserError(f"{path} is a {kind} and is not replaced; name a regular file to write")
+    check_output_directory(path.parent)
+
+
+def check_output_directory(path: str | Path) -> None:
+    """UserError unless `path` is a directory, or could become one."""
+    path = Path(path)
+    nearest = next(place for place in (path, *path.parents) if os.path.lexists(place))
+    if not nearest.is_dir():
+        raise UserError(f"{nearest} is not a directory, so nothing is written to {path}; choose another output")
+
+
+def check_new_directory(path: str | Path) -> None:
+    """UserError unless a new directory can appear at `path`."""
+    path = Path(path)
+    check_output_directory(path)
+    if path.exists():
+        raise UserError(f"{path} exists already; remove it, or choose another --output")
+
+
+def write_atomic(path: str | Path, content: str | bytes) -> None:
+    """Write a file so that a reader, or a crash, sees the old content or the new one, never a part.
+
+    A symbolic link stays, and what it points to is written. UserError for what is not a regular file.
+    """
+    check_output_file(path)
+    path = Path(os.path.realpath(path))
     data = content.encode() if isinstance(content, str) else content
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(aside, "wb") as file:

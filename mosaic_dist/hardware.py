@@ -22,7 +22,7 @@ class Device(Spec):
     """A processor, and how it reaches others.
 
     `fp32`, `fp16`, `bf16` are operations per second of matrix products; 0: not supported. `reachable` is the share of
-    them that large products get. `grouped`: it has the fast product of all experts at once in bfloat16.
+    them that large products get. `grouped`: torch has a fast product of all experts at once in bfloat16 for it.
     """
 
     name: str
@@ -72,7 +72,6 @@ DEVICES = {
         fp16=312e12,
         bf16=312e12,
         reachable=271.2 / 312,
-        grouped=True,
         memory_bytes=80e9,
         memory_bytes_per_second=2039e9,
         node_bytes_per_second=300e9,

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from mosaic_dist.checkpoint import newest
-from mosaic_dist.cli import USAGE_EXIT_CODE, fail, run_command
+from mosaic_dist.cli import fail, run_command
 from mosaic_dist.data.mixture import Corpus
 from mosaic_dist.data.settings import read_data_word
 from mosaic_dist.errors import UserError
@@ -228,8 +228,11 @@ already is continued from its newest checkpoint.
   --max_minutes N       save and stop in time for the whole start to take at most N minutes
   --dry_run             print the resolved run and its parameter counts, and stop
 
-SIGTERM or SIGUSR1 to any process of the run makes all of them save at the end of the step and stop. A run that was
-stopped so, or by --max_minutes, ends with exit code {interrupted}: start it again.
+SIGTERM, SIGUSR1 or Ctrl-C to any process of the run makes all of them save at the end of the step and stop. A run that
+was stopped so, or by --max_minutes, ends with exit code {interrupted}: start it again. A second Ctrl-C, more than
+2 s after the first, ends it at once without saving. After Ctrl-C, `deepspeed` and `torchrun` kill ranks that have not
+ended within 30 s, which leaves the checkpoint before. Where a step and a save take longer, send SIGUSR1 to one rank
+instead; for torchrun, TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 allows 600 s.
 
 Any field of the run is changed by its path, and the name of another kind swaps a part (--model.norm layernorm).
 A path through the list of blocks means all of them, blocks[0] or blocks.0 one. The fields and their values here:
@@ -270,7 +273,7 @@ def _world(timeout_seconds: float) -> Iterator[World]:
         sys.stdout.flush()
         sys.stderr.flush()
         # not sys.exit: the others may sit in a collective that an orderly end would wait for
-        os._exit(USAGE_EXIT_CODE if isinstance(error, UserError) else CRASH_EXIT_CODE)
+        os._exit(error.exit_code if isinstance(error, UserError) else CRASH_EXIT_CODE)
     leave_world()
 
 

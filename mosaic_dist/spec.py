@@ -27,6 +27,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, Union, data
 
 import yaml
 
+from mosaic_dist.credentials import ADVICE, mask_urls
 from mosaic_dist.errors import UserError
 
 
@@ -89,7 +90,9 @@ class Spec:
 
     def __post_init__(self) -> None:
         for name, annotation in fields(type(self)).items():
-            object.__setattr__(self, name, parse(annotation, getattr(self, name), name))
+            value = parse(annotation, getattr(self, name), name)
+            _refuse_credentials(value, name)
+            object.__setattr__(self, name, value)
         if not (_keeps_unknown.get() and holds_unknown(self)):
             self.check()
 
@@ -231,6 +234,18 @@ def nearest(name: str, known: Sequence[str]) -> str:
 def join(prefix: str, path: str) -> str:
     """Put a path below a prefix: `a` + `b` = `a.b`, `a` + `[0].b` = `a[0].b`."""
     return prefix + path if not prefix or not path or path.startswith("[") else f"{prefix}.{path}"
+
+
+def _refuse_credentials(value: Any, path: str) -> None:
+    """Raise SpecError for a credential: specs are written to run folders, trackers and reports as they are."""
+    if isinstance(value, str) and mask_urls(value) != value:
+        raise SpecError(path, f"{mask_urls(value)!r} has credentials in a URL, which would be written down; {ADVICE}")
+    elif isinstance(value, tuple):
+        for i, item in enumerate(value):
+            _refuse_credentials(item, f"{path}[{i}]")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _refuse_credentials(item, join(path, key))
 
 
 # --- plain values -> typed values ---------------------------------------------------------------------------------

@@ -4,7 +4,8 @@
 # The job scripts beside this one become it, in the batch shell on the first node of the job. It starts an agent on each
 # node (node.sh), first for the doctor, then for the recipe with the words given to sbatch. A stop signal (preemption,
 # time limit) goes to all ranks; a run that has saved and ended is requeued and goes on from its checkpoint. A run that
-# failed is requeued too, until MAX_FAILURES starts have failed without a newer checkpoint.
+# failed is requeued too. The job gives up when MAX_FAILURES starts in a row have ended without a newer checkpoint,
+# whether they failed or were told to stop.
 #
 # Settings, as environment variables at sbatch:
 #   RECIPE           the recipe
@@ -15,7 +16,7 @@
 #   VENV             Python environment, in the repository or elsewhere; default .venv
 #   RANKS_PER_NODE   default: the job's GPUs per node, or 1
 #   MASTER_PORT      where the ranks meet; default from the job's number. A busy port is passed over
-#   MAX_FAILURES     failed starts at the same step before the job gives up; default 3
+#   MAX_FAILURES     starts without a newer checkpoint before the job gives up; default 3
 #   LEAVE_SECONDS    time the other ranks have to end when one has ended; default 120
 #   DOCTOR           0: start without an examination of the nodes
 set -euo pipefail
@@ -93,8 +94,8 @@ last_step() { # of the metrics: how far the run has got
   tail -n 1 "$OUTPUT/metrics.jsonl" 2>/dev/null | grep -oP '"step": \K\d+' || echo 0
 }
 
-stopping=0
-trap 'stopping=1' USR1 TERM
+stopping=0 told_after=''
+trap 'stopping=1 told_after=${told_after:-$SECONDS}' USR1 TERM
 
 on_all_nodes() { # LOG WORDS: run Python on all ranks; its exit code, or 100 + the highest where any rank failed
   local code=0
@@ -114,13 +115,17 @@ on_all_nodes() { # LOG WORDS: run Python on all ranks; its exit code, or 100 + t
   return "$code"
 }
 
+runs_on() { # whether SLURM still counts on this start, by what it says of the job
+  # not so where somebody has cancelled the job, where SLURM requeues it by itself, and where this node was cut off and
+  # another start of the job runs elsewhere
+  job=$(scontrol --oneliner show job "$SLURM_JOB_ID") || job=''
+  [[ $job == *" JobState=RUNNING "* && $job == *" Restarts=$((starts - 1)) "* ]]
+}
+
 requeue() {
-  # one that somebody has cancelled, or that SLURM requeues by itself, is no longer running
-  if scontrol show job "$SLURM_JOB_ID" | grep -q 'JobState=RUNNING'; then
-    say "requeued"
-    trap '' USR1 TERM
-    scontrol requeue "$SLURM_JOB_ID" && sleep 600 # SLURM ends this shell
-  fi
+  say "requeued"
+  trap '' USR1 TERM
+  scontrol requeue "$SLURM_JOB_ID" && sleep 600 # SLURM ends this shell
 }
 
 give_up() {
@@ -175,27 +180,43 @@ train() { # WORDS: the doctor and the recipe; sets code
   fi
 }
 
+tell_of_no_progress() { # of a start that was told to stop
+  say "told to stop ${told_after:-?} s after the start, before it had saved a step: this start counts as a failure"
+  if runs_on && [[ $job == *" PreemptTime=None "* ]]; then
+    [[ $job =~ \ TimeLimit=([^ ]+) ]]
+    say "the time limit (${BASH_REMATCH[1]}) is shorter than the lead of --signal, or leaves too little time for a" \
+      "first step: raise --time, or lower N in --signal=B:USR1@N"
+  fi
+}
+
 finish() {
   if ((code == 0)); then
     rm "$attempts"
     say "done: step $(last_step)"
-  elif ((code == 75)); then
-    echo "$step $failures" >"$attempts" # no failure after all
-    say "saved: step $(newest_step)"
-    requeue
-  else
+    return
+  fi
+  local saved
+  saved=$(newest_step)
+  if ((code != 75)); then
     say "failed with exit code $code; the last lines of the first node:"
     tail -n 20 "$logs"/*_0_*.log
     ((code != 102)) || give_up "the settings or the data are wrong, and would be again"
-    [[ $(newest_step) != "$step" ]] || ((failures + 1 < MAX_FAILURES)) || give_up_after $((failures + 1))
-    requeue
+  elif ((saved != step)); then
+    say "saved: step $saved"
+  else
+    tell_of_no_progress
   fi
+  ((saved != step || failures + 1 < MAX_FAILURES)) || give_up_after $((failures + 1))
+  ! runs_on || requeue
 }
 
 main() {
   logs=$OUTPUT/slurm/$SLURM_JOB_ID.$starts
   attempts=$OUTPUT/slurm/failures
   mkdir -p "$logs"
+  export NEWEST_START=$OUTPUT/slurm/newest_start # tells agents of an earlier start that SLURM has given their node up
+  echo "$SLURM_JOB_ID $starts" >"$NEWEST_START.tmp"
+  mv "$NEWEST_START.tmp" "$NEWEST_START"
   export TORCH_FR_DUMP_TEMP_FILE=${TORCH_FR_DUMP_TEMP_FILE:-$(realpath "$logs")/collectives_rank_}
   count_start
   MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)

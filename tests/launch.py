@@ -6,12 +6,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import IO
 
 from mosaic_dist.parallel.world import free_port
 from mosaic_dist.train.metrics import read_metrics
-
-ROOT = Path(__file__).parent.parent
+from tests.prepared import ROOT as ROOT
+from tests.prepared import PreparedProcess
 
 
 def clean_environment() -> dict[str, str]:
@@ -27,47 +26,52 @@ def has_come(folder: Path, step: int) -> bool:
     return there and any(record["step"] >= step for record in read_metrics(folder / "metrics.jsonl"))
 
 
-def run_ranks(module: str, ranks: int, *words: str, timeout: float = 240) -> list[subprocess.CompletedProcess[str]]:
-    """Run `python -m module words...` as so many ranks and wait. When one fails, the others are killed."""
-    port = str(free_port())
-    processes = []
-    told = [tempfile.TemporaryFile("w+") for _ in range(ranks)]  # noqa: SIM115 - not pipes, which hold up when full
-    for rank in range(ranks):
-        settings = {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(ranks),
-            "LOCAL_WORLD_SIZE": str(ranks),
-        }
-        environment = clean_environment() | settings | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-m", module, *words],
-                cwd=ROOT,
-                env=environment,
-                text=True,
-                stdout=told[rank],
-                stderr=subprocess.STDOUT,
-            )
+def start_ranks(program: str, ranks: int, *words: str, folder: Path) -> list[PreparedProcess]:
+    """Start a module, or a script (*.py), as the ranks of one world; their outputs are folder/0, folder/1 ..."""
+    start = [program] if program.endswith(".py") else ["-m", program]
+    address = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+    address["MASTER_PORT"] = str(free_port())
+    return [
+        PreparedProcess(
+            [*start, *words],
+            clean_environment() | address | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            folder / str(rank),
         )
-    deadline = time.monotonic() + timeout
-    while any(p.poll() is None for p in processes) and not any(p.poll() for p in processes):
-        if time.monotonic() > deadline:
-            break
-        time.sleep(0.1)
-    failed = any(p.poll() != 0 for p in processes)
-    time.sleep(2.0 if failed else 0.0)  # the others may be about to end by themselves
-    for process in processes:
-        if process.poll() is None:
+        for rank in range(ranks)
+    ]
+
+
+def run_ranks(program: str, ranks: int, *words: str, timeout: float = 240) -> list[subprocess.CompletedProcess[str]]:
+    """Run a module, or a script, as the ranks of one world, and wait. When one fails, the others are killed."""
+    with tempfile.TemporaryDirectory() as folder:
+        processes = start_ranks(program, ranks, *words, folder=Path(folder))
+        deadline = time.monotonic() + timeout
+        while any(p.poll() is None for p in processes) and not any(p.poll() for p in processes):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.02)
+        if any(p.poll() != 0 for p in processes):
+            deadline = time.monotonic() + 2.0  # the others may be about to end by themselves
+            while any(p.poll() is None for p in processes) and time.monotonic() < deadline:
+                time.sleep(0.02)
+        for process in processes:
             process.kill()
-    return [_ended(process, output) for process, output in zip(processes, told, strict=True)]
+        return [
+            subprocess.CompletedProcess(process.args, process.wait(), (Path(folder) / str(rank)).read_text())
+            for rank, process in enumerate(processes)
+        ]
 
 
-def _ended(process: subprocess.Popen[str], told: IO[str]) -> subprocess.CompletedProcess[str]:
-    process.wait()
-    with told:
-        told.seek(0)
-        return subprocess.CompletedProcess(process.args, process.returncode, told.read())
+def run_python(*words: str | Path, timeout: float = 180, root: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run `python words...` in the repository, or a copy of it, and wait."""
+    with tempfile.NamedTemporaryFile("r") as output:
+        environment = clean_environment() | {"PYTHONPATH": str(root)}
+        process = PreparedProcess([str(word) for word in words], environment, Path(output.name), root)
+        try:
+            code = process.wait(timeout)
+        finally:
+            process.kill()
+        return subprocess.CompletedProcess(process.args, code, output.read())
 
 
 def check(done: list[subprocess.CompletedProcess[str]]) -> str:

@@ -21,6 +21,8 @@ def tool(path: str, count: Positive = 3, mode: Literal["a", "b"] = "a", flag: bo
     calls.append((path, count, mode, flag))
     if path == "bad":
         raise UserError("the path is bad")
+    if path == "endless":
+        raise KeyboardInterrupt
     return path
 
 
@@ -102,6 +104,13 @@ def test_user_errors_end_with_their_message_only(capsys):
         run_command(tool, "tool", ["--path", "bad"])
     assert ended.value.code == 2
     assert capsys.readouterr().err == "error: the path is bad\n"
+
+
+def test_ctrl_c_is_one_line(capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_command(tool, "tool", ["--path", "endless"])
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_help_names_every_flag(capsys):

@@ -74,10 +74,9 @@ def ceiling(products: Counter[Product], dtype: torch.dtype, device: torch.device
 
 
 def _seconds(product: Product, dtype: torch.dtype, device: torch.device) -> float:
-    """By the faster of the libraries that torch has for it."""
+    """By the faster of the libraries that torch has for it, on random numbers: constants are faster on a GPU."""
     left, right = (
-        torch.empty_strided(*operand, dtype=dtype, device=device).fill_(0.5)
-        for operand in (product.left, product.right)
+        torch.empty_strided(*operand, dtype=dtype, device=device).normal_() for operand in (product.left, product.right)
     )
     libraries: list[Callable[[], Tensor]] = [lambda: torch.mm(left, right)]
     if device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():

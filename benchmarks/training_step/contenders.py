@@ -6,9 +6,9 @@ from typing import Any, Literal, NamedTuple
 
 import deepspeed
 import torch
+import transformers as hugging_face
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.moe_layer import Size as LayerSize
 from benchmarks.moe_layer import make_autoep
@@ -38,12 +38,22 @@ class Peer(nn.Module):
 
     def __init__(self, case: Case):
         super().__init__()
-        config = AutoConfig.for_model(**case.config, bos_token_id=None, eos_token_id=None, pad_token_id=None)
-        self.model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train()
-        weights = case.twin_weights()
-        if config.tie_word_embeddings:
-            weights["lm_head.weight"] = self.model.get_input_embeddings().weight.detach()  # filled as the table
-        self.model.load_state_dict(weights)
+        # contiguous and of its own, as from a file: the model keeps the tensors that it is given
+        form = torch.contiguous_format
+        weights = {name: weight.clone(memory_format=form) for name, weight in case.twin_weights().items()}
+        (name,) = case.config["architectures"]
+        model, found = getattr(hugging_face, name).from_pretrained(
+            None,
+            config=hugging_face.AutoConfig.for_model(
+                **case.config, bos_token_id=None, eos_token_id=None, pad_token_id=None
+            ),
+            state_dict=weights,  # named as in files: version 5 stacks the experts and multiplies in groups
+            attn_implementation="sdpa",
+            output_loading_info=True,
+        )
+        assert not found["missing_keys"], found
+        assert not found["unexpected_keys"], found
+        self.model = model.train()
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """The mean cross-entropy."""
@@ -52,16 +62,17 @@ class Peer(nn.Module):
 
 
 class AutoEPBlock(nn.Module):
-    """DeepSpeed's AutoEP layer in the place of Mixtral's block, which gives its router's logits as well."""
+    """DeepSpeed's AutoEP layer in the place of Mixtral's block."""
 
-    def __init__(self, layer: nn.Module):
+    def __init__(self, layer: nn.Module, with_logits: bool):
         super().__init__()
-        self.layer = layer
+        self.layer, self.with_logits = layer, with_logits
 
-    def forward(self, x_BTD: Tensor) -> tuple[Tensor, None]:
-        """x_BTD -> [B, T, D]."""
+    def forward(self, x_BTD: Tensor) -> Tensor | tuple[Tensor, None]:
+        """x_BTD -> [B, T, D]; with a place for the router's logits, which transformers 4 unpacks and does not use."""
         out = self.layer(x_BTD)
-        return (out[0] if isinstance(out, tuple) else out), None
+        out = out[0] if isinstance(out, tuple) else out
+        return (out, None) if self.with_logits else out
 
 
 def ours(case: Case, precision: Precision, world: World) -> Contender:
@@ -83,12 +94,13 @@ def transformers(case: Case, precision: Precision, world: World) -> Contender:
 def autoep(case: Case, precision: Precision, world: World) -> Contender:
     """The twin, Mixtral, whose mixtures are DeepSpeed's AutoEP layers.
 
-    They are put in by hand: AutoEP's own preset wants transformers 5, where the experts are stored stacked.
+    They are put in by hand: AutoEP's own preset wants transformers 5, where the block has another name.
     """
     peer, mixture = Peer(case), case.run.model.blocks[0].ffn
     size: Any = LayerSize(0, case.run.model.dim, case.config["intermediate_size"], mixture.experts, mixture.top_k)  # type: ignore[attr-defined]
     for layer in peer.model.model.layers:
-        layer.block_sparse_moe = AutoEPBlock(make_autoep(layer.block_sparse_moe, size))
+        name = "block_sparse_moe" if hasattr(layer, "block_sparse_moe") else "mlp"  # transformers 4, 5
+        setattr(layer, name, AutoEPBlock(make_autoep(getattr(layer, name), size), name == "block_sparse_moe"))
     return _under_deepspeed(peer, case, precision, world)
 
 

@@ -1,6 +1,6 @@
 """Checkpoints as intervals of flat tensors: saved whole or not at all, read back in any other partition."""
 
-from mosaic_dist.checkpoint.folder import candidates, newest, prune, steps
+from mosaic_dist.checkpoint.folder import candidates, newest, prune, refuse_unknown_formats, steps
 from mosaic_dist.checkpoint.foreign import refuse_foreign
 from mosaic_dist.checkpoint.pieces import CheckpointError, Piece
 from mosaic_dist.checkpoint.reader import Checkpoint
@@ -16,6 +16,7 @@ __all__ = [
     "newest",
     "prune",
     "refuse_foreign",
+    "refuse_unknown_formats",
     "save",
     "steps",
 ]

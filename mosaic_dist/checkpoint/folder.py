@@ -8,7 +8,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 from mosaic_dist.checkpoint.foreign import refuse_foreign
-from mosaic_dist.checkpoint.pieces import CheckpointError
+from mosaic_dist.checkpoint.manifest import refuse_unknown_format
+from mosaic_dist.checkpoint.pieces import CheckpointError, UnknownFormatError
 from mosaic_dist.checkpoint.reader import Checkpoint
 from mosaic_dist.files import remove_directory, sync_directory
 
@@ -66,8 +67,20 @@ def candidates(root: str | Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+def refuse_unknown_formats(root: str | Path) -> None:
+    """Raise UnknownFormatError if another version of this package wrote a checkpoint here.
+
+    A run that took an older checkpoint instead would lose steps, and write over what it does not understand.
+    """
+    for path in candidates(root).values():
+        refuse_unknown_format(path)
+
+
 def steps(root: str | Path) -> list[int]:
-    """Steps of all whole checkpoints (those that open), ascending; empty if the folder does not exist."""
+    """Steps of all whole checkpoints (those that open), ascending; empty if the folder does not exist.
+
+    Raises UnknownFormatError where one is of another format, as `prune` does.
+    """
     return [step for step, path in candidates(root).items() if isinstance(_try_open(step, path), Checkpoint)]
 
 
@@ -75,8 +88,9 @@ def newest(root: str | Path) -> Checkpoint | None:
     """The newest whole checkpoint; None if there is none at all, whole or broken.
 
     A newer one that does not open is named in a RuntimeWarning and passed over. Raises CheckpointError if every one is
-    broken, because starting over at step zero in silence costs more. Only reads: all ranks may call it, but let one
-    decide and tell the others the step.
+    broken, because starting over at step zero in silence costs more, and UnknownFormatError if one that is newer than
+    all whole ones is of another format. Only reads: all ranks may call it, but let one decide and tell the others the
+    step.
     """
     broken: list[CheckpointError] = []
     for step, path in reversed(candidates(root).items()):
@@ -113,6 +127,8 @@ def prune(root: str | Path, keep_last: int, protected: Collection[int] = (), kee
 def _try_open(step: int, path: Path) -> Checkpoint | CheckpointError:
     try:
         checkpoint = Checkpoint.open(path)
+    except UnknownFormatError:
+        raise
     except CheckpointError as error:
         return error
     if checkpoint.step != step:

@@ -1,5 +1,7 @@
 """The manifest of a checkpoint: one JSON file, written last, that says what is where and proves it.
 
+Whatever changes in a later format, its number stays among the first bytes of the file, where every version finds it.
+
 {"xxh3_128": "<checksum of the manifest's text>", "manifest":
 {"format": 1, "step": .., "time": .., "versions": {..}, "world_size": W, "state": {..},
  "files": [{"name": .., "bytes": .., "xxh3_128": ..}, ..W],
@@ -10,17 +12,20 @@
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from mosaic_dist.checkpoint.pieces import CheckpointError
+from mosaic_dist.checkpoint.pieces import CheckpointError, UnknownFormatError
 
 FORMAT = 1
 MANIFEST_NAME = "manifest.json"
 _OPENING, _MIDDLE, _CLOSING = b'{"xxh3_128": "', b'", "manifest":\n', b"\n}\n"
 _HEAD_BYTES = len(_OPENING) + 32 + len(_MIDDLE)
+_FORMAT = re.compile(rb'"format": ?(\d+)')
+_FORMAT_WITHIN_BYTES = 256
 
 
 def rank_file_name(rank: int) -> str:
@@ -35,6 +40,7 @@ def render_manifest(manifest: dict[str, Any]) -> bytes:
 
 def read_manifest(directory: Path) -> dict[str, Any]:
     """Read and prove a manifest. Raises CheckpointError if it is missing, changed in any byte, or of another format."""
+    refuse_unknown_format(directory)
     path = directory / MANIFEST_NAME
     try:
         content = path.read_bytes()
@@ -44,9 +50,25 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     if content != _frame(text):
         raise CheckpointError(f"{path} is damaged: its {len(content)} bytes do not match their checksum")
     manifest: dict[str, Any] = json.loads(text)
-    if manifest["format"] != FORMAT:
-        raise CheckpointError(f"{path} has format {manifest['format']}; this version reads format {FORMAT}")
     return manifest
+
+
+def refuse_unknown_format(directory: Path) -> None:
+    """Raise UnknownFormatError for a checkpoint of another format. Says nothing about one that is missing or damaged.
+
+    The number is taken from the first bytes without proof, as another format may have another way to prove itself.
+    """
+    path = directory / MANIFEST_NAME
+    try:
+        with open(path, "rb") as file:
+            found = _FORMAT.search(file.read(_FORMAT_WITHIN_BYTES))
+    except OSError:
+        return
+    if found and int(found[1]) != FORMAT:
+        raise UnknownFormatError(
+            f"{path} has format {int(found[1])}; this version reads format {FORMAT}: use the version of mosaic_dist "
+            "that wrote it, or move it out of this folder to go on without it"
+        )
 
 
 def _frame(text: bytes) -> bytes:

@@ -19,6 +19,10 @@ class CheckpointError(UserError):
     """A checkpoint that cannot be written, or is not what was written. Names the folder or file and what is wrong."""
 
 
+class UnknownFormatError(CheckpointError):
+    """A checkpoint that another version of this package wrote. It may be whole: never pass over or replace it."""
+
+
 class Piece(NamedTuple):
     """The elements [start, start + len(data)) of one kind of one flattened global tensor.
 

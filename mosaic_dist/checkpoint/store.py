@@ -23,7 +23,14 @@ from torch import Tensor
 
 from mosaic_dist import __version__
 from mosaic_dist.checkpoint.folder import final_path, retired_path, sweep, temporary_path
-from mosaic_dist.checkpoint.manifest import FORMAT, MANIFEST_NAME, check_plain, rank_file_name, render_manifest
+from mosaic_dist.checkpoint.manifest import (
+    FORMAT,
+    MANIFEST_NAME,
+    check_plain,
+    rank_file_name,
+    refuse_unknown_format,
+    render_manifest,
+)
 from mosaic_dist.checkpoint.pieces import CheckpointError, Interval, Piece, check_tiling, merge_shapes
 from mosaic_dist.checkpoint.rank_file import DTYPE_NAMES, write_tensors
 from mosaic_dist.files import publish_directory, remove_directory, write_atomic
@@ -77,7 +84,8 @@ def save(
     of any shape.
 
     A checkpoint of the same step is replaced, after the new one is whole: a run that falls back behind a damaged
-    checkpoint passes its step again. A crash at any point leaves the old one or the new one.
+    checkpoint passes its step again. A crash at any point leaves the old one or the new one. A checkpoint of another
+    format is never replaced.
 
     Raises CheckpointError, with the same text on every rank, when any rank fails; older checkpoints are then untouched
     and the unfinished folder is gone. If a rank dies, the others get the error of their process group.
@@ -89,7 +97,7 @@ def save(
     aside, final = temporary_path(root, step), final_path(root, step)
     try:
         plans = _together(group, final, lambda: _plan(pieces, shapes, state, rank_state, rank))
-        _together(group, final, lambda: _prepare(root, aside, plans) if rank == 0 else None)
+        _together(group, final, lambda: _prepare(aside, final, plans) if rank == 0 else None)
         shares = _together(group, final, lambda: _write(aside, pieces, rank_state, rank))
         _together(group, final, lambda: _commit(aside, final, step, plans, shares, state) if rank == 0 else None)
     except CheckpointError:
@@ -152,11 +160,12 @@ def _plan(
     return _Plan(intervals, {name: tuple(shape) for name, shape in shapes.items()})
 
 
-def _prepare(root: Path, aside: Path, plans: Sequence[_Plan]) -> None:
+def _prepare(aside: Path, final: Path, plans: Sequence[_Plan]) -> None:
     """Check the whole before a byte is written, then make an empty folder for it."""
+    refuse_unknown_format(final)
     check_tiling((interval for plan in plans for interval in plan.intervals), merge_shapes(p.shapes for p in plans))
-    root.mkdir(parents=True, exist_ok=True)
-    sweep(root)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    sweep(final.parent)
     aside.mkdir()
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mosaic_dist.compare.sheet import named_run, with_flags
 from mosaic_dist.errors import UserError
 from mosaic_dist.figure import publish, pyplot
+from mosaic_dist.files import check_output_file
 from mosaic_dist.model import MixtureOfExperts, MuP
 from mosaic_dist.plan.command import load_run
 from mosaic_dist.run_spec import Run
@@ -81,6 +82,7 @@ def coordinate_check(
     run = with_flags(load_run(str(recipe[0])), flags)
     if not isinstance(run.model.init, MuP):
         raise UserError(f"the recipe does not say what widens with the model; give its base, as --model.init {EXAMPLE}")
+    check_output_file(output)
     runs = {kind: [at_width(run, width, init) for width in widths] for kind, init in KINDS.items()}
     found = {
         kind: Measured(widths, [average([measure(one, seed, steps) for seed in range(seeds)]) for one in of_kind])

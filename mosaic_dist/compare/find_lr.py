@@ -10,6 +10,7 @@ from mosaic_dist.compare.sheet import Sweep, named_run, plan_runs
 from mosaic_dist.compare.story import read_story
 from mosaic_dist.errors import UserError
 from mosaic_dist.figure import publish, pyplot
+from mosaic_dist.files import check_output_directory
 from mosaic_dist.run import check_data
 from mosaic_dist.spec import Positive, PositiveFloat
 from mosaic_dist.train.plot import RUN_INK, smooth
@@ -73,6 +74,7 @@ def find_lr(
         raise UserError("give one recipe, as `find_lr recipes/t4_moe.py --data work/data`")
     if low >= high:
         raise UserError(f"--low ({low:g}) must be less than --high ({high:g})")
+    check_output_directory(output)
     given = {
         "steps": steps,
         "optimizer.learning_rate": high,

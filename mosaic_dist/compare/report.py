@@ -12,8 +12,9 @@ from mosaic_dist.compare import page
 from mosaic_dist.compare.curves import draw_curves
 from mosaic_dist.compare.samples import Samples, write_samples
 from mosaic_dist.compare.story import Story, duration, read_story
+from mosaic_dist.credentials import mask
 from mosaic_dist.errors import UserError
-from mosaic_dist.files import write_atomic
+from mosaic_dist.files import check_output_file, write_atomic
 from mosaic_dist.spec import NonNegative
 from mosaic_dist.train.expert_plot import plot_experts
 from mosaic_dist.train.plot import EMA_HALF_LIFE_SHARE, smooth
@@ -43,6 +44,7 @@ def report(
     path = Path(output) if output else story.path / "report.html"
     if path.is_dir():
         raise UserError(f"--output {path} is a folder; name a file, as {path / 'report.html'}")
+    check_output_file(path)
     written = write_samples(story, samples, prompt, model) if samples else None
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, render(story, written))
@@ -118,8 +120,8 @@ def _pictures(story: Story) -> dict[str, str]:
 
 
 def _read(path: Path) -> str:
-    """Text of a file; nothing where there is none. A report is not the place to fail for a damaged letter."""
-    return path.read_text(errors="replace") if path.exists() else ""
+    """Text of a file, credentials masked; nothing where there is none. A damaged letter does not fail a report."""
+    return mask(path.read_text(errors="replace")) if path.exists() else ""
 
 
 def _flat(text: str, path: Path) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def continuations(network: TransformerModel, tokenizer: Tokenizer, count: int, p
     """So many texts of up to SAMPLE_TOKENS tokens behind the prompt, drawn by SAMPLING; the prompt is part of them."""
     begin = tokenizer.encode_prompt(prompt) or [tokenizer.eos_id]  # behind the end of a document another one begins
     written: list[list[int]] = [[] for _ in range(count)]
-    for step in generate(network, [begin] * count, SAMPLE_TOKENS, SAMPLING, tokenizer.eos_id):
+    for step in generate(network, [begin] * count, SAMPLE_TOKENS, SAMPLING, tokenizer.stop_ids):
         for tokens, token in zip(written, step, strict=True):
             if token is not None:
                 tokens.append(token)

@@ -11,6 +11,7 @@ from mosaic_dist.compare.sheet import Planned, Sweep, named_run, plan_runs
 from mosaic_dist.compare.slurm_array import write_array
 from mosaic_dist.compare.story import read_spec
 from mosaic_dist.errors import UserError
+from mosaic_dist.files import check_output_directory
 from mosaic_dist.model import count_parameters
 from mosaic_dist.parallel import read_config
 from mosaic_dist.run import check_data
@@ -43,6 +44,7 @@ def sweep(
         raise UserError("give one sweep, as `sweep recipes/sweeps/attention.yaml`")
     sheet = Path(str(file[0]))
     folder = Path(output or f"runs/{sheet.stem}")
+    check_output_directory(folder)
     planned = plan_runs(read_spec(Sweep, sheet), flags, folder)
     sizes = [_size(one) for one in planned]
     if dry_run:

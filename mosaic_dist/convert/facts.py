@@ -1,6 +1,5 @@
 """What is in a folder, for people and for programs: a run, its checkpoints, one of them, or a model."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -9,9 +8,9 @@ from mosaic_dist.checkpoint import Checkpoint
 from mosaic_dist.checkpoint.facts import LARGEST_TOLD, checkpoint_facts, list_checkpoints
 from mosaic_dist.checkpoint.rank_file import DTYPES
 from mosaic_dist.convert.locate import CHECKPOINTS, Located
+from mosaic_dist.convert.reading import read_json, read_weight_map
 from mosaic_dist.convert.verify import read_headers
 from mosaic_dist.convert.writing import CHECKSUMS
-from mosaic_dist.errors import UserError
 
 UNITS = ("B", "kB", "MB", "GB", "TB")
 
@@ -31,10 +30,7 @@ def describe(found: Located) -> dict[str, Any]:
 
 def model_facts(folder: Path) -> dict[str, Any]:
     """Origin, sizes by dtype and the largest tensors of an exported model, or of another in Hugging Face's form."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / 'config.json'} cannot be read as JSON: {error}") from None
+    config, files = read_json(folder / "config.json"), set(read_weight_map(folder).values())
     kinds: dict[str, dict[str, Any]] = {}
     tensors: list[dict[str, Any]] = []
     for name, (dtype, shape) in read_headers(folder).items():
@@ -48,8 +44,8 @@ def model_facts(folder: Path) -> dict[str, Any]:
     origin = {key: config[key] for key in ("model_type", "run", "step", "dtype", "ternary") if key in config}
     return origin | {
         "parameters": sum(row["elements"] for row in kinds.values()),
-        "files": len(list(folder.glob("*.safetensors"))),
-        "bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+        "files": len(files),
+        "bytes": sum((folder / file).stat().st_size for file in files),
         "has_checksums": (folder / CHECKSUMS).exists(),
         "kinds": dict(sorted(kinds.items())),
         "largest_tensors": sorted(tensors, key=lambda row: -row["bytes"])[:LARGEST_TOLD],

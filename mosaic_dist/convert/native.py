@@ -3,7 +3,7 @@
 config.json                       the model spec, and which run and step it comes from
 model.safetensors                 the weights; or model-00001-of-0000N.safetensors and
 model.safetensors.index.json      the index, in Hugging Face's form; ternary matrices may be packed (`packed.py`)
-tokenizer.json
+tokenizer.json, tokenizer_config.json, and with several end tokens generation_config.json
 checksums.json                    size and xxh3-128 of every other file
 """
 
@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mosaic_dist.checkpoint import Checkpoint
 from mosaic_dist.convert.packed import freeze, pack, plan, ternary_weights, unpack
+from mosaic_dist.convert.reading import open_safetensors, prove_files, read_json, read_weight_map
 from mosaic_dist.convert.weights import DTYPES, CheckpointTensors, parameter_cast
 from mosaic_dist.convert.writing import CHECKSUMS, write_checksums, write_weights
+from mosaic_dist.data.tokenizer import Tokenizer
 from mosaic_dist.errors import UserError
-from mosaic_dist.files import checksum, publish_directory, write_atomic
+from mosaic_dist.files import check_new_directory, publish_directory, write_atomic
 from mosaic_dist.model import Transformer, TransformerModel, materialize
 from mosaic_dist.spec import recipe_asked_for
 
@@ -81,8 +82,8 @@ def write_model(
     if nothing can be packed.
     """
     output = Path(output)
-    if output.exists():
-        raise UserError(f"{output} exists already; remove it, or choose another --output")
+    check_new_directory(output)
+    words = None if tokenizer is None else Tokenizer.load(tokenizer)
     planned = planned_tensors(model, dtype, ternary)
     packed = ternary_weights(_on_meta(model)) if ternary == "packed" else {}
     aside = output.with_name(f".{output.name}.tmp")
@@ -98,8 +99,8 @@ def write_model(
         **facts,
     }
     write_atomic(aside / "config.json", json.dumps(config | {"model": model.to_dict()}, indent=2) + "\n")
-    if tokenizer is not None:
-        shutil.copyfile(tokenizer, aside / "tokenizer.json")
+    if words is not None:
+        words.save(aside)
     write_checksums(aside, known)
     publish_directory(aside, output)
     return output
@@ -143,27 +144,33 @@ def check_complete(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[
             raise UserError(f"{name} is {found[name]} among the weights, {shape} in the model")
 
 
+def read_exported_config(path: Path) -> dict[str, Any]:
+    """config.json of an exported model. UserError for a folder that is none, or has a file that is damaged."""
+    if not (path / "config.json").exists() or not (path / CHECKSUMS).exists():
+        raise UserError(
+            f"{path} is no exported model (config.json or {CHECKSUMS} is missing); make one with `mosaic_dist export`"
+        )
+    prove_files(path)
+    config = read_json(path / "config.json")
+    if config.get("model_type") != "mosaic_dist" or config.get("format_version") != FORMAT_VERSION:
+        found = f"{config.get('model_type')!r} version {config.get('format_version')!r}"
+        raise UserError(f"{path} holds {found}; this version reads 'mosaic_dist' version {FORMAT_VERSION}")
+    return config
+
+
 def load_exported(path: str | Path) -> TransformerModel:
     """The model of an exported folder, on CPU in its stored dtype, in evaluation mode.
 
     Raises UserError for a folder that is no export, is damaged, or whose tensors are not its model's.
     """
     path = Path(path)
-    if not (path / "config.json").exists() or not (path / CHECKSUMS).exists():
-        raise UserError(f"{path} is no exported model (config.json is missing); make one with `mosaic_dist export`")
-    for file, facts in json.loads((path / CHECKSUMS).read_text()).items():
-        if not (path / file).exists() or checksum(path / file) != facts["xxh3_128"]:
-            raise UserError(f"{path / file} is missing or damaged: its checksum is not the one written at export")
-    config = json.loads((path / "config.json").read_text())
-    if config.get("model_type") != "mosaic_dist" or config.get("format_version") != FORMAT_VERSION:
-        found = f"{config.get('model_type')!r} version {config.get('format_version')!r}"
-        raise UserError(f"{path} holds {found}; this version reads 'mosaic_dist' version {FORMAT_VERSION}")
+    config = read_exported_config(path)
     with recipe_asked_for():
         model, dtype = _on_meta(Transformer.from_dict(config["model"])), DTYPES[config["dtype"]]
     materialize(model, torch.device("cpu"))
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
-    tensors = _read_weights(path)
+    tensors = _read_weights(path / file for file in sorted(set(read_weight_map(path).values())))
     if config.get("ternary") == "packed":
         tensors = unpack(tensors, ternary_weights(model), dtype)
         freeze(model)
@@ -177,11 +184,8 @@ def load_exported(path: str | Path) -> TransformerModel:
     return model.eval()
 
 
-def _read_weights(path: Path) -> Iterator[tuple[str, Tensor]]:
-    for file in sorted(path.glob("*.safetensors")):
-        try:
-            with safe_open(file, "pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 - not a dict
-                    yield name, opened.get_tensor(name)
-        except SafetensorError as error:
-            raise UserError(f"{file} is not a safetensors file: {error}") from None
+def _read_weights(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
+    for file in files:
+        with open_safetensors(file) as opened:
+            for name in opened.keys():  # noqa: SIM118 - not a dict
+                yield name, opened.get_tensor(name)

@@ -1,20 +1,17 @@
 """Proof that checkpoints and exported models are whole: every byte, every tensor."""
 
-import json
-from collections.abc import Callable
+import functools
 from pathlib import Path
-
-from safetensors import SafetensorError, safe_open
 
 from mosaic_dist.checkpoint import Checkpoint, CheckpointError, candidates
 from mosaic_dist.checkpoint.audit import Check, checks_of, failed, run_checks
 from mosaic_dist.checkpoint.rank_file import DTYPE_NAMES
-from mosaic_dist.convert.hugging_face import SafetensorsFolder, import_folder
+from mosaic_dist.convert.hugging_face import import_folder
 from mosaic_dist.convert.locate import Located
 from mosaic_dist.convert.native import check_complete, expected_shapes, planned_tensors
+from mosaic_dist.convert.reading import open_safetensors, prove_file, read_checksums, read_json, read_weight_map
 from mosaic_dist.convert.writing import CHECKSUMS
 from mosaic_dist.errors import UserError
-from mosaic_dist.files import checksum
 from mosaic_dist.model import Transformer
 from mosaic_dist.spec import at, recipe_asked_for
 
@@ -74,39 +71,23 @@ def _good_one(found: Located, good: list[Path], model: Transformer | None, threa
 def model_checks(folder: Path) -> list[Check]:
     """Checks of an exported model in either form. One without checksums cannot be proven, and that is a problem too."""
     try:
-        sums = json.loads((folder / CHECKSUMS).read_text())
-        listed = [(folder / name, int(row["bytes"]), str(row["xxh3_128"])) for name, row in sums.items()]
-    except OSError:
+        listed = read_checksums(folder)
+    except UserError as error:
+        return [failed(folder, str(error))]
+    if listed is None:
         return [failed(folder, f"{folder} has no {CHECKSUMS}, so nothing can be proven; only exports of ours have one")]
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return [failed(folder, f"{folder / CHECKSUMS} is damaged: it does not list sizes and checksums")]
-    checks = [Check(folder, size_bytes, _proof(file, size_bytes, written)) for file, size_bytes, written in listed]
-    return [Check(folder, 0, lambda: _check_tensors(folder, {file.name for file, _, _ in listed})), *checks]
+    checks = [
+        Check(folder, written.size_bytes, functools.partial(prove_file, folder / name, written))
+        for name, written in listed.items()
+    ]
+    return [Check(folder, 0, functools.partial(_check_tensors, folder)), *checks]
 
 
-def _proof(file: Path, size_bytes: int, written: str) -> Callable[[], None]:
-    def prove() -> None:
-        found_bytes = file.stat().st_size if file.is_file() else None
-        if found_bytes != size_bytes:
-            told = "is missing" if found_bytes is None else f"has {found_bytes} bytes"
-            raise UserError(f"{file} {told}; {size_bytes} bytes were written")
-        if (found := checksum(file)) != written:
-            raise UserError(f"{file} is damaged: its xxh3-128 is {found}, and {written} was written")
-
-    return prove
-
-
-def _check_tensors(folder: Path, listed: set[str]) -> None:
-    """Every tensor of the model is there, in its shape; no file of weights is without a checksum."""
-    unlisted = sorted(file.name for file in folder.glob("*.safetensors") if file.name not in listed)
-    if unlisted or "config.json" not in listed:
-        raise UserError(f"{folder / CHECKSUMS} does not list {', '.join(unlisted) or 'config.json'}")
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / 'config.json'} cannot be read: {error}") from None
+def _check_tensors(folder: Path) -> None:
+    """Every tensor of the model is there, in its shape."""
+    config = read_json(folder / "config.json")
     if config.get("model_type") != "mosaic_dist":
-        import_folder(folder)  # checks names against the configuration
+        import_folder(folder, prove=False)  # checks names against the configuration
         return
     with recipe_asked_for(), at(f"{folder / 'config.json'}: model"):
         model = Transformer.from_dict(config.get("model", {}))
@@ -120,12 +101,9 @@ def _check_tensors(folder: Path, listed: set[str]) -> None:
 def read_headers(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Dtype and shape of each tensor of a folder in safetensors form, from its files' headers."""
     found = {}
-    for file in sorted(set(SafetensorsFolder(folder).files.values())):
-        try:
-            with safe_open(folder / file, "pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 - not a dict
-                    part = opened.get_slice(name)
-                    found[name] = (part.get_dtype(), tuple(part.get_shape()))
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{folder / file} is missing or damaged: {error}") from None
+    for file in sorted(set(read_weight_map(folder).values())):
+        with open_safetensors(folder / file) as opened:
+            for name in opened.keys():  # noqa: SIM118 - not a dict
+                part = opened.get_slice(name)
+                found[name] = (part.get_dtype(), tuple(part.get_shape()))
     return found

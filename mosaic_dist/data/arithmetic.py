@@ -79,6 +79,7 @@ def prepare_arithmetic(
             vocab_size=tokenizer.vocab_size,
             tokenizer=tokenizer.digest,
             eos_id=tokenizer.eos_id,
+            bos_id=tokenizer.bos_id,
             splits={name: _write_split(aside, name, part, tokenizer, seq_len) for name, part in parts.items()},
             options={"task": "arithmetic", "samples": samples, "seed": seed} | asdict(expressions),
             sources=[],

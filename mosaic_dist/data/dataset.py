@@ -1,4 +1,4 @@
-"""What a prepared dataset is: a folder with `dataset.json`, `tokenizer.json` and the MDS shards of each split."""
+"""What a prepared dataset is: a folder with `dataset.json`, its tokenizer's files and the MDS shards of each split."""
 
 import dataclasses
 import json
@@ -70,6 +70,10 @@ class DatasetInfo:
     empty_documents: int
     filtered_documents: int = 0  # too short or too long
     duplicate_documents: int = 0
+    bos_id: int | None = None  # that each document begins with
+    tokenizer_files: dict[str, str] = dataclasses.field(
+        default_factory=dict
+    )  # xxh3-128 of those next to tokenizer.json
     answer_loss: AnswerLoss | None = None
     format_version: int = FORMAT_VERSION
 
@@ -101,11 +105,22 @@ class DatasetInfo:
         return info
 
     def _check_files(self) -> None:
+        for name, digest in self.tokenizer_files.items():
+            file = self.path / name
+            if not file.is_file():
+                raise UserError(f"{file} is missing; the copy of the dataset is not whole")
+            if checksum(file) != digest:
+                raise UserError(f"{file} is not the one that {self.path / DATASET_NAME} describes")
         found = self.load_tokenizer()
         if (found.digest, found.vocab_size) != (self.tokenizer, self.vocab_size):
             raise UserError(
                 f"the tokenizer and the data of {self.path} disagree: {FILE_NAME} has digest {found.digest} and "
                 f"{found.vocab_size} tokens, the data was made with {self.tokenizer} and {self.vocab_size}"
+            )
+        if found.eos_id != self.eos_id:
+            raise UserError(
+                f"the documents of {self.path} end with token {self.eos_id}, and the EOS of its tokenizer is "
+                f"{found.eos_id}; prepare the data again with `{MADE_BY}`"
             )
         for name, split in self.splits.items():
             index = self.path / name / INDEX_NAME

@@ -8,12 +8,14 @@ Light imports only: each worker process imports this file.
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import multiprocessing
 import multiprocessing.connection
 import os
 import re
+import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
@@ -44,7 +46,7 @@ class Batch:
 
 @dataclasses.dataclass
 class Encoded:
-    """Tokens of the documents of one batch that belong to one split, an EOS after each document."""
+    """Tokens of the documents of one batch that belong to one split: [BOS,] text, EOS of each."""
 
     split: str
     tokens: np.ndarray
@@ -82,9 +84,15 @@ def pieces(text: str) -> Iterator[str]:
     yield text[begin:]
 
 
-def encode_batch(tokenizer: Tokenizer, texts: list[str], validation_fraction: float) -> list[Encoded]:
-    """Tokens of a batch by split, documents in order; splits without a document are left out."""
+def encode_batch(
+    tokenizer: Tokenizer, texts: list[str], validation_fraction: float, add_bos_token: bool = False
+) -> list[Encoded]:
+    """Tokens of a batch by split, documents in order; splits without a document are left out.
+
+    UserError for a text that encodes to the EOS, which can only happen if that is not a special token.
+    """
     dtype = token_dtype(tokenizer.vocab_size)
+    begin = np.array([tokenizer.bos_id] if add_bos_token else [], dtype)
     parts: dict[str, list[np.ndarray]] = collections.defaultdict(list)
     documents: collections.Counter[str] = collections.Counter()
     sizes: collections.Counter[str] = collections.Counter()
@@ -95,12 +103,20 @@ def encode_batch(tokenizer: Tokenizer, texts: list[str], validation_fraction: fl
         split = split_of(data, validation_fraction)
         documents[split] += 1
         sizes[split] += len(data)
+        parts[split].append(begin)
         if ids is None:
             parts[split] += [np.array(tokenizer.encode(piece), dtype) for piece in pieces(text)]
             ids = []
         ids.append(tokenizer.eos_id)
         parts[split].append(np.array(ids, dtype))
-    return [Encoded(split, np.concatenate(found), documents[split], sizes[split]) for split, found in parts.items()]
+    found = [Encoded(split, np.concatenate(ids), documents[split], sizes[split]) for split, ids in parts.items()]
+    for part in found:
+        if np.count_nonzero(part.tokens == tokenizer.eos_id) != part.documents:
+            raise UserError(
+                f"a document contains text that encodes to the end-of-document token {tokenizer.tokens['eos_token']!r} "
+                f"(id {tokenizer.eos_id}), which is not a special token, and would be split there: name another --eos"
+            )
+    return found
 
 
 def batches(documents: Iterable[Chosen]) -> Iterator[Batch]:
@@ -122,7 +138,11 @@ def batches(documents: Iterable[Chosen]) -> Iterator[Batch]:
 
 
 def encode_documents(
-    documents: Iterable[Chosen], tokenizer: Tokenizer, validation_fraction: float, workers: int
+    documents: Iterable[Chosen],
+    tokenizer: Tokenizer,
+    validation_fraction: float,
+    workers: int,
+    add_bos_token: bool = False,
 ) -> Iterator[tuple[int, Mark, list[Encoded]]]:
     """Input, mark and tokens of each batch, in order whatever the number of workers; one worker means this process.
 
@@ -131,14 +151,15 @@ def encode_documents(
     """
     if workers == 1:
         for batch in batches(documents):
-            yield batch.source, batch.mark, encode_batch(tokenizer, batch.texts, validation_fraction)
+            encoded = encode_batch(tokenizer, batch.texts, validation_fraction, add_bos_token)
+            yield batch.source, batch.mark, encoded
         return
     pool = concurrent.futures.ProcessPoolExecutor(
         workers,
         # Not fork: the tokenizer's and pyarrow's threads of this process would be lost in the child, locks held.
         mp_context=multiprocessing.get_context("forkserver"),
         initializer=_start_worker,
-        initargs=(tokenizer.to_json(), validation_fraction),
+        initargs=(tokenizer, validation_fraction, add_bos_token),
     )
     pending: collections.deque[tuple[Batch, concurrent.futures.Future[list[Encoded]]]] = collections.deque()
 
@@ -165,13 +186,16 @@ def _characters(pending: Iterable[tuple[Batch, Any]]) -> int:
     return sum(batch.characters for batch, _ in pending)
 
 
-_worker: tuple[Tokenizer, float] | None = None
+_encode: Callable[[list[str]], list[Encoded]] | None = None
 
 
-def _start_worker(tokenizer_json: str, validation_fraction: float) -> None:
-    global _worker
+def _start_worker(tokenizer: Tokenizer, validation_fraction: float, add_bos_token: bool) -> None:
+    global _encode
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches all; the main process ends its workers
     no_threads()
-    _worker = Tokenizer(tokenizer_json), validation_fraction
+    _encode = functools.partial(
+        encode_batch, tokenizer, validation_fraction=validation_fraction, add_bos_token=add_bos_token
+    )
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -184,6 +208,5 @@ def _end_with_parent() -> None:
 
 
 def _work(texts: list[str]) -> list[Encoded]:
-    assert _worker is not None, "_start_worker runs first"
-    tokenizer, validation_fraction = _worker
-    return encode_batch(tokenizer, texts, validation_fraction)
+    assert _encode is not None, "_start_worker runs first"
+    return _encode(texts)

@@ -1,19 +1,13 @@
 """A histogram of the documents' lengths as PNG."""
 
-import io
 from pathlib import Path
-from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib import ticker
 
 from mosaic_dist.data.lengths import Lengths
 from mosaic_dist.errors import UserError
-from mosaic_dist.files import write_atomic
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
+from mosaic_dist.figure import publish, pyplot
 
 BINS = 50
 
@@ -49,16 +43,8 @@ def plot_lengths(lengths: Lengths, path: Path, title: str, seq_len: int) -> None
     right.set_ylabel("share of all tokens, documents up to here", color="#4f8a3d")
     right.set_ylim(0, 1.02)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
-    _write(figure, path)
+    publish(figure, path)
 
 
 def _count(value: float, _: int) -> str:
     return f"{value:,.0f}"
-
-
-def _write(figure: Any, path: Path) -> None:
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=120, format="png")
-    pyplot.close(figure)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, picture.getvalue())

@@ -1,31 +1,34 @@
-"""The parts of mosaicml-streaming that are used: the MDS format, the shuffle, downloads. Nothing else imports it.
+"""The MDS format of mosaicml-streaming, read without it: indexes, hashes, compression. Writing and downloads use it.
 
-Importing `streaming` takes several seconds (it pulls in transformers, torchvision and cloud clients), so the functions
-do it when called, and a `--help` or a tokenising worker never pays for it. What reading needs is taken by itself.
+Importing `streaming` costs seconds of CPU time (it imports transformers, torchvision and cloud clients). Only
+`check_compression`, `open_writer` and `download` do it, when called; a rank that reads a local dataset never does.
 
 `StreamingDataset` itself is not used, not even map-style: its constructor keeps state in POSIX shared memory and locks
 under names that all jobs of a host share and that outlive kill -9 (clean_stale_shared_memory can remove a live job's),
 starts and destroys a process group, needs LOCAL_WORLD_SIZE from the launcher, hangs or ends early on a missing shard,
-and never checks the hash of a local file. The shards, the index and the shuffle below it need none of that: reading
-them leaves nothing on the host and knows no rank.
+and never checks the hash of a local file. The shards and their index need none of that: reading them leaves nothing on
+the host and knows no rank.
 """
 
 import collections
-import functools
-import importlib.util
+import hashlib
+import importlib
 import os
-import sys
-from importlib.machinery import ModuleSpec, PathFinder
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from mosaic_dist.errors import UserError
 
-PACKAGE = "streaming"
 COLUMN = "tokens"
 HASH = "xxh3_64"
 INDEX_NAME = "index.json"
+
+HASHES = {name for name in hashlib.algorithms_guaranteed if not name.startswith("shake_")}
+"""Of hashlib, which streaming can name in an index in addition to xxhash's. The length of a shake hash is not fixed."""
+DECOMPRESSORS = {"br": "brotli", "bz2": "bz2", "gz": "gzip", "snappy": "snappy", "zstd": "zstandard"}
+"""Module whose `decompress` undoes a compression. All come with Python, mosaicml-streaming or this package."""
 
 
 def _streaming(part: str) -> Any:
@@ -39,44 +42,12 @@ def _streaming(part: str) -> Any:
         ) from error
 
 
-@functools.cache
-def _light(part: str) -> Any:
-    """A module of `streaming.base` that needs no other part of it, without what its packages import: 2 s of each rank.
-
-    The packages are there by name only while it is imported; whoever imports `streaming` later gets the whole.
-    """
-    whole = [name for name in sys.modules if name.partition(".")[0] == PACKAGE]
-    if whole or (found := importlib.util.find_spec(PACKAGE)) is None:
-        return _streaming(part)
-    package, base = (importlib.util.module_from_spec(spec) for spec in (found, _base_of(found)))
-    try:
-        sys.modules |= {package.__name__: package, base.__name__: base}
-        return importlib.import_module(f"{base.__name__}.{part}")
-    except ImportError:  # of a version where it does need another part
-        _forget()
-        return _streaming(part)
-    finally:
-        if sys.modules.get(PACKAGE) is package:
-            _forget()
-
-
-def _base_of(package: ModuleSpec) -> ModuleSpec:
-    found = PathFinder.find_spec(f"{PACKAGE}.base", package.submodule_search_locations)
-    assert found is not None, f"{PACKAGE} has a package `base`"
-    return found
-
-
-def _forget() -> None:
-    for name in [name for name in sys.modules if name.partition(".")[0] == PACKAGE]:
-        del sys.modules[name]
-
-
 def check_compression(compression: str | None) -> None:
     """UserError for a compression that streaming cannot write (it knows `zstd`, `zstd:1` and others)."""
-    codecs = _light("compression")
-    if compression is not None and not codecs.is_compression(compression):
-        families = sorted({name.partition(":")[0] for name in codecs.get_compressions()})
-        raise UserError(f"compression {compression!r} is unknown; known: {', '.join(families)}, with a level: zstd:1")
+    if compression is not None and not _streaming("compression").is_compression(compression):
+        raise UserError(
+            f"compression {compression!r} is unknown; known: {', '.join(DECOMPRESSORS)}, with a level: zstd:1"
+        )
 
 
 def open_writer(folder: str, dtype: str, length: int, compression: str | None, shard_bytes: int | None) -> Any:
@@ -88,12 +59,6 @@ def open_writer(folder: str, dtype: str, length: int, compression: str | None, s
     return _streaming("format").MDSWriter(
         columns={COLUMN: encoding}, out=folder, compression=compression, hashes=[HASH], size_limit=shard_bytes
     )
-
-
-def import_for_reading() -> None:
-    """Import what the functions below need: at the start, not within a step, and by one thread."""
-    for part in ("compression", "hashing", "shuffle"):
-        _light(part)
 
 
 def check_entry(entry: dict[str, Any], dtype: str, length: int) -> None:
@@ -148,24 +113,23 @@ _idle_downloaders: collections.defaultdict[str, list[Any]] = collections.default
 
 
 def file_hash(algorithm: str, data: bytes) -> str:
-    """Hash of a file's bytes, as streaming writes it into the index."""
-    hashing = _light("hashing")
-    if not hashing.is_hash(algorithm):
-        raise UserError(f"the index names a hash {algorithm!r} that this installation does not know")
-    return hashing.get_hash(algorithm, data)
+    """Hash of a file's bytes, as an index names and writes it: hexadecimal."""
+    if algorithm in xxhash.algorithms_available:
+        return getattr(xxhash, algorithm)(data).hexdigest()
+    if algorithm in HASHES:
+        return hashlib.new(algorithm, data).hexdigest()
+    known = ", ".join(sorted(HASHES | xxhash.algorithms_available))
+    raise UserError(f"the index names the hash {algorithm!r}, which is unknown; known: {known}")
 
 
-def inflate(compression: str, data: bytes) -> bytes:
-    """Undo the compression of a shard."""
-    return _light("compression").decompress(compression, data)
+def decompress(compression: str, data: bytes) -> bytes:
+    """Content of a compressed shard. The compression is named as in an index, with or without a level: `zstd:1`.
 
-
-def shuffled(shard_samples: np.ndarray, seed: int, block_samples: int) -> np.ndarray:
-    """All sample numbers of the shards in an order that mixes neighbours within about `block_samples`.
-
-    streaming's py1e: shards in random order, their samples spread over a range around them, so that only a few
-    shards are in use at any time.
+    Errors in the data are those of the compression's library.
     """
-    return _light("shuffle").get_shuffle(
-        "py1e", shard_samples, num_canonical_nodes=1, seed=seed, epoch=0, block_size=block_samples
-    )
+    family = compression.partition(":")[0]
+    if family not in DECOMPRESSORS:
+        raise UserError(
+            f"the index names the compression {compression!r}, which is unknown; known: {', '.join(DECOMPRESSORS)}"
+        )
+    return importlib.import_module(DECOMPRESSORS[family]).decompress(data)

@@ -79,7 +79,7 @@ def mix(parts: Sequence[Part]) -> Mixture:
     """The parts as one. UserError that names two of them for a property in which they differ."""
     first = parts[0].info
     for other in (part.info for part in parts[1:]):
-        for field in ("tokenizer", "vocab_size", "eos_id", "seq_len", "answer_loss"):
+        for field in ("tokenizer", "vocab_size", "eos_id", "bos_id", "seq_len", "answer_loss"):
             here, there = getattr(first, field), getattr(other, field)
             if here != there:
                 raise UserError(

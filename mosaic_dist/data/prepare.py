@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+import xxhash
 from tqdm import tqdm
 
 from mosaic_dist.data import mds
@@ -48,6 +49,7 @@ def prepare(
     min_document_bytes: int = 0,
     max_document_bytes: int | None = None,
     deduplicate: bool = False,
+    add_bos_token: bool = False,
     workers: int | None = None,
     compression: str | None = None,
     overwrite: bool = False,
@@ -56,9 +58,10 @@ def prepare(
 ) -> DatasetInfo:
     """Tokenise documents, pack them into samples of seq_len + 1 tokens and publish the dataset at `output`.
 
-    Documents are joined with an EOS after each. Sample i of a split holds tokens i*seq_len to (i+1)*seq_len, both
-    included: neighbours share one token, so each token but the first is predicted exactly once. The tail that does
-    not fill a sample is dropped and counted. The bytes written do not depend on `workers` (None: one per core).
+    Documents are joined with an EOS after each, and with `add_bos_token` a BOS before each. Sample i of a split holds
+    tokens i*seq_len to (i+1)*seq_len, both included: neighbours share one token, so each token but the first is
+    predicted exactly once. The tail that does not fill a sample is dropped and counted. The bytes written do not depend
+    on `workers` (None: one per core).
 
     Documents shorter or longer than the limits (bytes of UTF-8) are left out, and with `deduplicate` all but the first
     one of equal texts; both are counted. A document's split follows from the hash of its text. Where the corpus is so
@@ -73,12 +76,15 @@ def prepare(
     output = Path(output).expanduser()
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
     _check_options(seq_len, validation_fraction, workers, compression)
+    if add_bos_token:
+        tokenizer = tokenizer.adding_bos()  # so that prompts begin as documents do
     source = documents if isinstance(documents, Documents) else given_documents(documents)
     options = {
         "validation_fraction": validation_fraction,
         "min_document_bytes": min_document_bytes,
         "max_document_bytes": max_document_bytes,
         "deduplicate": deduplicate,
+        "add_bos_token": add_bos_token,
         "compression": compression,
         "shard_bytes": shard_bytes,
     }
@@ -92,7 +98,8 @@ def prepare(
         selection = Selection(source, min_document_bytes, max_document_bytes, seen, journal.mark)
         counts = journal.counts or [{"documents": 0, "text_bytes": 0, "tokens": 0} for _ in source.sources or [""]]
         with Progress(source, journal.mark) as progress:
-            for number, mark, encoded in encode_documents(selection, tokenizer, validation_fraction, workers):
+            batches = encode_documents(selection, tokenizer, validation_fraction, workers, add_bos_token)
+            for number, mark, encoded in batches:
                 for part in encoded:
                     packers[part.split].add(part)
                     _count(counts[number], part)
@@ -121,6 +128,7 @@ def _finish(
         vocab_size=tokenizer.vocab_size,
         tokenizer=tokenizer.digest,
         eos_id=tokenizer.eos_id,
+        bos_id=tokenizer.bos_id if options["add_bos_token"] else None,
         options=options,
         splits={name: packer.finish() for name, packer in packers.items()},
         sources=[_source_info(name, found) for name, found in zip(source.sources, counts, strict=False)],
@@ -146,7 +154,15 @@ def _command(source: Documents, tokenizer: Tokenizer, seq_len: int, options: dic
     """All that the bytes of the dataset depend on; None where the texts may be others the next time."""
     identity = source.identity()
     software = {"tokenizers": tokenizers.__version__, "piece_characters": PIECE_CHARACTERS}
-    made = {"seq_len": seq_len, "tokenizer": tokenizer.digest} | options | software
+    words = {
+        "tokenizer": tokenizer.digest,
+        "eos_id": tokenizer.eos_id,
+        "bos_id": tokenizer.bos_id,
+        "tokenizer_files": {
+            name: xxhash.xxh3_128_hexdigest(text.encode()) for name, text in tokenizer.companions().items()
+        },
+    }
+    made = {"seq_len": seq_len} | words | options | software
     return identity and made | identity
 
 

@@ -5,6 +5,7 @@ rest is what a preparation needs to go on after it was killed (see journal.py).
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import os
 import shutil
@@ -16,7 +17,7 @@ from mosaic_dist.data import mds
 from mosaic_dist.data.dataset import DATASET_NAME, DatasetInfo, SplitInfo
 from mosaic_dist.data.tokenizer import Tokenizer
 from mosaic_dist.errors import UserError
-from mosaic_dist.files import checksum, publish_directory
+from mosaic_dist.files import check_output_directory, checksum, publish_directory
 
 SHARD_BYTES = 1 << 26
 DATA, LOCK, PROGRESS = "data", "lock", "progress.json"
@@ -39,6 +40,7 @@ def unfinished(output: Path, overwrite: bool) -> Iterator[Path]:
 
     After an error it stays if there is progress to go on with, and is removed otherwise.
     """
+    check_output_directory(output.parent)
     aside = output.with_name(f"{output.name}.unfinished")
     with _lock(aside):
         try:
@@ -121,6 +123,7 @@ def describe_split(folder: Path, shards: list[dict[str, Any]], **counts: int) ->
 
 
 def write_description(info: DatasetInfo, tokenizer: Tokenizer) -> None:
-    """Write tokenizer.json and dataset.json into the dataset's folder."""
-    tokenizer.save(info.path)
-    (info.path / DATASET_NAME).write_text(info.to_json(), encoding="utf-8")
+    """Write the tokenizer's files and dataset.json into the dataset's folder."""
+    files = {name: checksum(info.path / name) for name in tokenizer.save(info.path)}
+    description = dataclasses.replace(info, tokenizer_files=files).to_json()
+    (info.path / DATASET_NAME).write_text(description, encoding="utf-8")

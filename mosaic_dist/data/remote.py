@@ -22,7 +22,7 @@ from typing import IO
 
 from mosaic_dist.data import mds
 from mosaic_dist.data.dataset import DATASET_NAME, DatasetInfo
-from mosaic_dist.data.tokenizer import FILE_NAME, Tokenizer
+from mosaic_dist.data.tokenizer import FILE_NAME, json_digest
 from mosaic_dist.errors import UserError
 from mosaic_dist.files import checksum
 
@@ -71,8 +71,10 @@ def open_remote(url: str, cache: str) -> RemoteDataset:
         raise UserError(f"data.cache: {root} cannot be used ({error.strerror})") from None
     described = json.loads((folder / DATASET_NAME).read_text(encoding="utf-8"))
     wanted = {FILE_NAME: functools.partial(_tokenizer_problem, digest=described["tokenizer"])}
+    for name, digest in described.get("tokenizer_files", {}).items():
+        wanted[name] = functools.partial(_file_problem, digest=digest)
     for name, split in described["splits"].items():
-        wanted[f"{name}/{mds.INDEX_NAME}"] = functools.partial(_index_problem, digest=split["index"])
+        wanted[f"{name}/{mds.INDEX_NAME}"] = functools.partial(_file_problem, digest=split["index"])
     for name, problem in wanted.items():
         fetch(f"{url}/{name}", folder / name, problem)
     return dataclasses.replace(RemoteDataset.load(folder), url=url)
@@ -92,23 +94,25 @@ def _enter(url: str, root: Path) -> Path:
 def _description_problem(path: Path) -> str | None:
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
-        parts = [described["tokenizer"], *(split["index"] for split in described["splits"].values())]
-        names_are_plain = all(name and not set(name) & set("/\\") and name[0] != "." for name in described["splits"])
+        files = described.get("tokenizer_files", {})
+        parts = [described["tokenizer"], *files.values(), *(split["index"] for split in described["splits"].values())]
+        names = [*described["splits"], *files]
+        names_are_plain = all(name and not set(name) & set("/\\") and name[0] != "." for name in names)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"it describes no dataset ({type(error).__name__}: {error})"
     plain = names_are_plain and all(isinstance(part, str) for part in parts)
     return None if plain else "it describes no dataset"
 
 
-def _index_problem(path: Path, digest: str) -> str | None:
+def _file_problem(path: Path, digest: str) -> str | None:
     return None if checksum(path) == digest else f"it is not the one that {DATASET_NAME} describes"
 
 
 def _tokenizer_problem(path: Path, digest: str) -> str | None:
     try:
-        found = Tokenizer.load(path).digest
-    except UserError as error:
-        return str(error)
+        found = json_digest(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        return f"it is not JSON: {error}"
     return None if found == digest else f"it has digest {found}, the data was made with {digest}"
 
 

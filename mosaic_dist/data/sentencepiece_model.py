@@ -239,7 +239,7 @@ def _has_marks(proto: Any) -> bool:
 def _decoder(proto: Any, stand_ins: dict[str, str]) -> Any:
     unknown = next(piece.piece for piece in proto.pieces if piece.type == UNKNOWN)
     rules = proto.normalizer_spec
-    steps = [decoders.Replace(old, new) for old, new in ((unknown, UNTOLD), (MARK, ""), (SPACE, " "))]
+    steps: list[Any] = [decoders.Replace(old, new) for old, new in ((unknown, UNTOLD), (MARK, ""), (SPACE, " "))]
     steps += [decoders.ByteFallback(), decoders.Fuse()]
     if rules.add_dummy_prefix or rules.remove_extra_whitespaces:
         steps.append(decoders.Strip(" ", 2**31 if rules.remove_extra_whitespaces else 1, 0))

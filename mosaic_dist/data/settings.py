@@ -23,11 +23,11 @@ class Stream(Spec):
 class Data(Spec):
     """Which prepared dataset is read, or which mixture of several (`streams` instead of `path`), and how.
 
-    A path is a folder or a URL such as s3://bucket/folder; what is remote is fetched into the folder `cache` as it is
-    used. `seq_len` None is the dataset's; another one must divide it. `workers` are threads per rank that read some
-    batches ahead; with 0 only the next one is read while a step runs. `verify`: "hashes" checks every shard before its
-    first use, "sizes" the sizes at start only. With `document_mask` a token sees its own document only, and positions
-    begin anew in each.
+    A path is a folder or a URL such as s3://bucket/folder, whose credentials come from the environment; what is remote
+    is fetched into the folder `cache` as it is used. `seq_len` None is the dataset's; another one must divide it.
+    `workers` are threads per rank that read some batches ahead; with 0 only the next one is read while a step runs.
+    `verify`: "hashes" checks every shard before its first use, "sizes" the sizes at start only. With `document_mask` a
+    token sees its own document only, and positions begin anew in each.
     """
 
     path: str = ""

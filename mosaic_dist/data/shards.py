@@ -85,7 +85,6 @@ class Shards:
         """A shard is made ready by one thread."""
         self._opened: dict[int, _Opened] = {}  # in order of use
         self._opened_lock = threading.Lock()
-        mds.import_for_reading()
 
     def _entries(self, info: DatasetInfo, split: str) -> list[dict[str, Any]]:
         try:
@@ -158,7 +157,7 @@ class Shards:
         self._fetch(packed)
         data = self._read_file(packed)
         self._check_content(packed, data)
-        data = mds.inflate(entry["compression"], data)
+        data = mds.decompress(entry["compression"], data)
         self._check_content(raw, data)
         _write_shared(path, data)
 

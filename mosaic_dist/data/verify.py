@@ -4,6 +4,7 @@
 of documents, text, sources and dropped tokens stand in it alone.
 """
 
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -17,7 +18,7 @@ from mosaic_dist.data.arithmetic import read_rows
 from mosaic_dist.data.dataset import DATASET_NAME, DatasetInfo
 from mosaic_dist.data.encode import token_dtype
 from mosaic_dist.data.shards import Shards
-from mosaic_dist.data.tokenizer import FILE_NAME, Tokenizer
+from mosaic_dist.data.tokenizer import FILE_NAME, Tokenizer, json_digest
 from mosaic_dist.errors import UserError
 from mosaic_dist.files import checksum
 
@@ -83,7 +84,7 @@ def verify(path: str | Path, threads: int = 4) -> Report:
         told = f"{error}; without it the other files cannot be checked"
         return Report(path, 1, 0, [Problem(DATASET_NAME, told)])
     problems = [*_tokenizer_problems(info)]
-    expected = {DATASET_NAME, FILE_NAME}
+    expected = {DATASET_NAME, FILE_NAME, *info.tokenizer_files}
     shards: list[_Shard] = []
     for split in info.splits:
         expected.add(f"{split}/{mds.INDEX_NAME}")
@@ -109,18 +110,29 @@ def verify(path: str | Path, threads: int = 4) -> Report:
 
 def _tokenizer_problems(info: DatasetInfo) -> Iterator[Problem]:
     """The tokenizer against what dataset.json says of it."""
+    problems = []
+    for name, written in info.tokenizer_files.items():
+        if not (info.path / name).is_file():
+            problems.append(Problem(name, "is missing"))
+        elif checksum(info.path / name) != written:
+            problems.append(Problem(name, f"is not the one that {DATASET_NAME} describes"))
     try:
-        tokenizer = Tokenizer.load(info.tokenizer_path)
-    except UserError as error:
-        yield Problem(FILE_NAME, "is missing" if not info.tokenizer_path.exists() else f"is damaged: {error}")
+        digest = json_digest(json.loads(info.tokenizer_path.read_text(encoding="utf-8")))
+        if digest != info.tokenizer:
+            told = f"is not the one of the data: its digest is {digest}, not {info.tokenizer}"
+            problems.append(Problem(FILE_NAME, told))
+    except FileNotFoundError:
+        problems.append(Problem(FILE_NAME, "is missing"))
+    except ValueError as error:
+        problems.append(Problem(FILE_NAME, f"is damaged: {error}"))
+    yield from problems
+    if problems:
         return
-    if tokenizer.digest != info.tokenizer:
-        yield Problem(FILE_NAME, f"is not the one of the data: its digest is {tokenizer.digest}, not {info.tokenizer}")
-        return
-    told = (info.vocab_size, info.eos_id, info.dtype)
+    tokenizer = Tokenizer.load(info.tokenizer_path)
+    described = (info.vocab_size, info.eos_id, info.dtype)
     expected = (tokenizer.vocab_size, tokenizer.eos_id, token_dtype(tokenizer.vocab_size))
-    if told != expected:
-        yield Problem(DATASET_NAME, f"says vocab_size, eos_id, dtype {told}, and the tokenizer {expected}")
+    if described != expected:
+        yield Problem(DATASET_NAME, f"says vocab_size, eos_id, dtype {described}, and the tokenizer {expected}")
 
 
 def _entries(info: DatasetInfo, split: str) -> tuple[list[dict[str, Any]], list[Problem]]:
@@ -153,7 +165,6 @@ def _shard_problems(info: DatasetInfo, shards: list[_Shard], threads: int) -> li
     """Read all shards; what is wrong with them, and with the counts of tokens in dataset.json."""
     problems: list[Problem] = []
     tokens: dict[str, list[int | None]] = {split: [] for split in info.splits}
-    mds.import_for_reading()
     total = sum(shard.size_bytes(info) for shard in shards)
     with (
         ThreadPoolExecutor(threads) as pool,
@@ -229,7 +240,7 @@ def _inflated(shard: _Shard, packed: bytes) -> tuple[bytes | None, list[Problem]
     """What is in a compressed file, checked against the hashes of the inflated one."""
     name = f"{shard.split}/{shard.entry['zip_data']['basename']}"
     try:
-        data = mds.inflate(shard.entry["compression"], packed)
+        data = mds.decompress(shard.entry["compression"], packed)
     except Exception as error:  # each compression has its own
         return None, [Problem(name, f"cannot be inflated ({type(error).__name__}: {error})")]
     wrong = _hash_problems(name, shard.entry["raw_data"], data, "when inflated its")

@@ -13,7 +13,7 @@ from mosaic_dist.evaluate.perplexity import Perplexity
 from mosaic_dist.evaluate.ranks import meet
 from mosaic_dist.evaluate.subject import Subject
 from mosaic_dist.evaluate.suite import Suite, render, run_suite
-from mosaic_dist.files import write_atomic
+from mosaic_dist.files import check_output_directory, check_output_file, write_atomic
 from mosaic_dist.parallel import World, leave_world
 from mosaic_dist.run_spec import import_recipe
 from mosaic_dist.spec import Positive, SpecError, nearest
@@ -79,15 +79,18 @@ def evaluate(
         if output is not None:
             raise UserError(f"--output {output} is of --suite; use --json_output FILE")
         evaluation = read_task(task, options)
+        if json_output is not None:
+            check_output_file(json_output)
         world = meet()
         evaluate_one(evaluation, subject, world, json_output)
         leave_world()
         return
     if options or json_output is not None or task != "exact_match":
         raise UserError("--suite FILE states all evaluations with their options; leave the other flags out")
-    stated = read_suite(suite, subject)
+    stated, folder = read_suite(suite, subject), Path(output or f"evaluations/{Path(suite).stem}")
+    check_output_directory(folder)
     world = meet()
-    results = run_suite(stated, world, Path(output or f"evaluations/{Path(suite).stem}"))
+    results = run_suite(stated, world, folder)
     if world.is_main:
         print(render(results), end="")
     leave_world()
@@ -101,6 +104,7 @@ def evaluate_one(evaluation: Evaluation, subject: Subject, world: World, json_ou
     if world.is_main:
         print(figures)
         if json_output is not None:
+            Path(json_output).parent.mkdir(parents=True, exist_ok=True)
             write_atomic(json_output, figures + "\n")
 
 

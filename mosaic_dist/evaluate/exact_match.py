@@ -66,7 +66,7 @@ def answer_all(
             part = questions[start : start + batch]
             prompts = [tokenizer.encode_prompt(prompt) for prompt, _ in part]
             given: list[list[int]] = [[] for _ in part]
-            for step in generate(model, prompts, longest + 2, Sampling(temperature=0.0), tokenizer.eos_id):
+            for step in generate(model, prompts, longest + 2, Sampling(temperature=0.0), tokenizer.stop_ids):
                 for tokens, token in zip(given, step, strict=True):
                     if token is not None:
                         tokens.append(token)

@@ -1,7 +1,7 @@
 """Text from a model, token by token, with a cache."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,12 +35,12 @@ def generate(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     sampling: Sampling = Sampling(),  # noqa: B008 - immutable
-    stop_token: int | None = None,
+    stop_tokens: Collection[int] = (),
 ) -> Iterator[list[int | None]]:
     """Continue prompts of any lengths at once; yields the next token of each, None for one that has ended.
 
-    A prompt ends with `stop_token`, which is not yielded. Once a sequence fills the model's context, the model goes on
-    with the last half of it. What a prompt gets does not depend on the others (up to rounding, and the draws).
+    A prompt ends with any of `stop_tokens`, which is not yielded. Once a sequence fills the model's context, the model
+    goes on with the last half of it. What a prompt gets does not depend on the others (up to rounding, and the draws).
     """
     if not prompts or not all(prompts):
         raise UserError("a prompt has no tokens; give at least one character")
@@ -61,7 +61,7 @@ def generate(
         step: list[int | None] = []
         for i, text in enumerate(texts):
             token = draw(logits_BV[i], text, sampling, generator)
-            running[i] = running[i] and token != stop_token
+            running[i] = running[i] and token not in stop_tokens
             text.append(token)
             step.append(token if running[i] else None)
         if not any(running):

@@ -94,7 +94,8 @@ def read_passages(
     """
     if place.dataset is not None:
         check_tokenizer(place.dataset, tokenizer)
-        documents = split_at(stream(place.dataset, split or VALIDATION), place.dataset.eos_id)
+        info = place.dataset
+        documents = split_at(stream(info, split or VALIDATION), info.eos_id, info.bos_id)
         for tokens in itertools.islice(documents, rank, limit, size):
             yield Passage(tokens, len(tokenizer.decode(tokens, False).encode()))
         return
@@ -105,7 +106,7 @@ def read_passages(
 
 def check_tokenizer(info: DatasetInfo, tokenizer: Tokenizer) -> None:
     """UserError where the model knows other tokens than those of the dataset."""
-    if info.tokenizer != tokenizer.digest:
+    if info.tokenizer != tokenizer.digest and not tokenizer.has_ids_of(info.load_tokenizer()):
         raise UserError(
             f"the data of {info.path} was made with tokenizer {info.tokenizer}, and the model's is {tokenizer.digest}: "
             "give the text itself as --data"
@@ -121,21 +122,25 @@ def stream(info: DatasetInfo, split: str) -> Iterator[np.ndarray]:
     yield tokens_BT[-1, -1:]
 
 
-def split_at(chunks: Iterable[np.ndarray], end_id: int) -> Iterator[np.ndarray]:
-    """The documents [N] of a stream, without the token that ends each; empty ones are left out."""
+def split_at(chunks: Iterable[np.ndarray], end_id: int, begin_id: int | None = None) -> Iterator[np.ndarray]:
+    """The documents [N] of a stream, without the tokens that begin and end each; empty ones are left out.
+
+    The caller gives each document its first context, whether the stream has a BOS there or not.
+    """
     kept: list[np.ndarray] = []
     for chunk in chunks:
         *whole, rest = np.split(chunk, np.flatnonzero(chunk == end_id))
         for tokens in whole:
             kept.append(tokens)
-            yield from _joined(kept, end_id)
+            yield from _joined(kept, end_id, begin_id)
             kept = []
         kept.append(rest)
-    yield from _joined(kept, end_id)
+    yield from _joined(kept, end_id, begin_id)
 
 
-def _joined(parts: list[np.ndarray], end_id: int) -> Iterator[np.ndarray]:
+def _joined(parts: list[np.ndarray], end_id: int, begin_id: int | None) -> Iterator[np.ndarray]:
     tokens = np.concatenate(parts).astype(np.uint32)
     tokens = tokens[tokens != end_id]  # np.split leaves an end at the front of what follows it
+    tokens = tokens[1:] if tokens[:1].tolist() == [begin_id] else tokens
     if len(tokens):
         yield tokens

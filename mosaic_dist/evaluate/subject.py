@@ -16,6 +16,7 @@ from mosaic_dist.convert import load_exported
 from mosaic_dist.convert.hugging_face import export_folder, import_folder
 from mosaic_dist.convert.locate import RUN_YAML, choose_checkpoint
 from mosaic_dist.convert.native import check_complete
+from mosaic_dist.convert.reading import prove_files, read_weight_map
 from mosaic_dist.convert.weights import DTYPES, CheckpointTensors
 from mosaic_dist.data.tokenizer import Tokenizer
 from mosaic_dist.errors import UserError
@@ -103,12 +104,13 @@ def _open_exported(model: str) -> Opened:
 
 
 def _open_hugging_face(model: str) -> Opened:
-    return Opened(
-        {"model": model},
-        Path(model),
-        lambda: _build(*import_folder(model)),
-        lambda: contextlib.nullcontext(Path(model)),
-    )
+    @contextlib.contextmanager
+    def proven() -> Iterator[Path]:
+        read_weight_map(Path(model))  # transformers has rules of its own for a folder with files of two models
+        prove_files(Path(model))
+        yield Path(model)
+
+    return Opened({"model": model}, Path(model), lambda: _build(*import_folder(model)), proven)
 
 
 def _open_run(run: str, step: int | None) -> Opened:

@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from mosaic_dist.model.attention import Attention, AttentionModule, Sight
 from mosaic_dist.model.ffn import FFN, Extras
-from mosaic_dist.model.norm import Norm
+from mosaic_dist.model.norm import Norm, epsilon
 from mosaic_dist.model.position import Position
 from mosaic_dist.spec import Fraction, Spec, at
 
@@ -23,10 +23,10 @@ class BlockKind(Spec):
         """The block's module. `norm` is the model's. A part that does not fit the width is refused with its path."""
         raise TypeError(f"{type(self).__name__} cannot be built: choose a kind of block")
 
-    def build_parts(self, dim: int, position: Position) -> tuple[AttentionModule, nn.Module]:
+    def build_parts(self, dim: int, norm: Norm, position: Position) -> tuple[AttentionModule, nn.Module]:
         """Attention and feed-forward network, which every kind has."""
         with at("attention"):
-            attention = self.attention.build(dim, position)
+            attention = self.attention.build(dim, position, epsilon(norm))
         with at("ffn"):
             ffn = self.ffn.build(dim)
         return attention, ffn
@@ -71,7 +71,7 @@ class Block(BlockKind, type="prenorm"):
 
     def build(self, dim: int, norm: Norm, position: Position) -> "PreNormBlock":
         """See `BlockKind.build`."""
-        attention, ffn = self.build_parts(dim, position)
+        attention, ffn = self.build_parts(dim, norm, position)
         return PreNormBlock(attention, ffn, norm.build(dim), norm.build(dim), self.dropout)
 
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from mosaic_dist.errors import UserError
 from mosaic_dist.model.attention import blocks as attention_blocks
+from mosaic_dist.model.attention import kernel as attention_kernel
 from mosaic_dist.model.block import BlockModule
 from mosaic_dist.model.moe import MixtureOfExperts
 from mosaic_dist.model.recompute import Recompute
@@ -37,9 +38,10 @@ def compile_blocks(
 
     To be called before `apply_recompute` with the same `recompute`: parts that run again do so from the outside.
     """
-    # here, for torch.compiler.disable imports torch's whole compiler, which other processes do without
+    # here, for these two import torch's whole compiler, which other processes do without
     documents_apart = torch.compiler.disable(attention_blocks._attend_documents)
     attention_blocks._attend_documents = documents_apart
+    attention_kernel.flash_shares_heads = torch.compiler.assume_constant_result(attention_kernel.flash_shares_heads)
     blocks: Any = model.blocks
     place = torch.empty(0, device=device).device  # with its index, as tensors have it
     # the limit is one of all blocks together, for they share their code, and each may be of a kind of its own

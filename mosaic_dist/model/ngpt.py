@@ -32,7 +32,7 @@ class NormalizedBlock(BlockKind, type="ngpt"):
 
     def build(self, dim: int, norm: Norm, position: Position) -> "SphereBlock":
         """See `BlockKind.build`."""
-        attention, ffn = self.build_parts(dim, position)
+        attention, ffn = self.build_parts(dim, norm, position)
         return SphereBlock(
             attention, ffn, SphereStep(dim, self.step_size), SphereStep(dim, self.step_size), self.dropout
         )

@@ -14,6 +14,15 @@ class Norm(Spec):
         raise TypeError(f"{type(self).__name__} cannot be built: choose a kind of norm")
 
 
+INNER_NORM_EPS = 1e-6
+"""Of norms inside the layers, where neither they nor the model's norm state one."""
+
+
+def epsilon(norm: Norm) -> float:
+    """A norm's `eps`, for norms inside the layers; `INNER_NORM_EPS` for a kind that has none."""
+    return getattr(norm, "eps", INNER_NORM_EPS)
+
+
 class RMSNorm(Norm, type="rmsnorm"):
     """Root-mean-square norm with a gain and no bias (Zhang and Sennrich, arXiv 1910.07467)."""
 

@@ -13,7 +13,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns at every import that it chose so
 
-from mosaic_dist.parallel.board import Board
+from mosaic_dist.parallel.board import Board, is_first_to_fail, some_rank_failed
 from mosaic_dist.parallel.deepspeed_config import Precision, fill_config, read_config, resolve_precision, zero_stage
 from mosaic_dist.parallel.spec import Parallel
 
@@ -24,14 +24,12 @@ if TYPE_CHECKING:
     from mosaic_dist.parallel.world import (
         World,
         gather_problems,
-        is_first_to_fail,
         join_world,
         leave_world,
         local_size_from_environment,
         on_main,
         rank_from_environment,
         size_from_environment,
-        some_rank_failed,
     )
 
 __all__ = [

@@ -26,7 +26,7 @@ from mosaic_dist.optim.muon import MuonAdamW
 from mosaic_dist.parallel.cut_matrices import CutMatrices
 from mosaic_dist.parallel.exchange import place_experts
 from mosaic_dist.parallel.loss_scale import restore_scale, scale_state
-from mosaic_dist.parallel.partition import partitioned_parameters
+from mosaic_dist.parallel.partition import drop_summed_gradients, partitioned_parameters, zero_optimizer_in_bfloat16
 from mosaic_dist.parallel.sequence import join_sequences, place_sequences
 from mosaic_dist.parallel.spec import Parallel
 from mosaic_dist.parallel.world import World
@@ -113,12 +113,13 @@ class Engine:
         self.loss_is_scaled: bool = config["fp16"]["enabled"]
         self.before_update: Callable[[], None] = lambda: None
         """Called before weights, optimizer states or buffers change."""
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer.build(split_expert_groups(optimizer.groups(model, factors))),
-            config=config,
-            dist_init_required=False,
-        )
+        with zero_optimizer_in_bfloat16():
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=optimizer.build(split_expert_groups(optimizer.groups(model, factors))),
+                config=config,
+                dist_init_required=False,
+            )
         inner = self.deepspeed.basic_optimizer
         if isinstance(inner, MuonAdamW) and self.zero_stage:
             cut = partitioned_parameters(self.deepspeed.optimizer, self.zero_stage)
@@ -212,7 +213,10 @@ class Engine:
             self.deepspeed.step()
             return grad_norm, False
         self.deepspeed.step()
-        return float(self.deepspeed.get_global_grad_norm()), bool(self.deepspeed.optimizer.overflow)
+        is_skipped = bool(self.deepspeed.optimizer.overflow)
+        if is_skipped and self.zero_stage < 3:
+            drop_summed_gradients(self.deepspeed.optimizer)
+        return float(self.deepspeed.get_global_grad_norm()), is_skipped
 
     def _pass_over(self) -> None:
         """Without ZeRO: drop the gradients and count the step, as DeepSpeed does by itself with ZeRO."""

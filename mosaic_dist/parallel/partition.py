@@ -1,9 +1,11 @@
 """Where ZeRO 1, 2 and 3 put the elements of each parameter: stretches of flat float32 tensors, one on each rank."""
 
+import contextlib
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from deepspeed.runtime.engine import BFLOAT16, ZERO_OPTIMIZATION, DeepSpeedEngine
 from torch import Tensor, nn
 
 
@@ -48,6 +50,35 @@ class Partitioned(NamedTuple):
     group: Any
     """The ranks that hold the parameter together."""
     cut: Cut
+
+
+@contextlib.contextmanager
+def zero_optimizer_in_bfloat16() -> Iterator[None]:
+    """Engines that are made in here have ZeRO's own optimizer at stage 1, too, with float32 sums of bfloat16 gradients.
+
+    DeepSpeed (0.19) would take its BF16_Optimizer, which cannot skip an update: it fails an assertion where a gradient
+    is not finite.
+    """
+    choose = DeepSpeedEngine._do_optimizer_sanity_check
+
+    def choose_zero(engine: DeepSpeedEngine, optimizer: Any) -> str | None:
+        chosen = choose(engine, optimizer)
+        return ZERO_OPTIMIZATION if chosen == BFLOAT16 else chosen
+
+    DeepSpeedEngine._do_optimizer_sanity_check = choose_zero
+    try:
+        yield
+    finally:
+        DeepSpeedEngine._do_optimizer_sanity_check = choose
+
+
+def drop_summed_gradients(zero: Any) -> None:
+    """Forget what ZeRO 1 or 2 has summed for an update that it left out.
+
+    With offload DeepSpeed (0.19) would add the next step's gradients to float32 sums that are not finite, and leave out
+    every update from then on.
+    """
+    zero.averaged_gradients.update(dict.fromkeys(zero.averaged_gradients))
 
 
 def partitioned_parameters(zero: Any, stage: int) -> Iterator[Partitioned]:

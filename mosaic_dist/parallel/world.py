@@ -3,6 +3,7 @@
 import importlib
 import logging
 import os
+import re
 import socket
 import time
 import warnings
@@ -47,11 +48,15 @@ def size_from_environment() -> int:
 
 
 def local_size_from_environment() -> int:
-    """The number of processes on this node. torchrun says LOCAL_WORLD_SIZE, deepspeed LOCAL_SIZE, srun its own."""
-    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE"):
-        if name in os.environ:
-            return int(os.environ[name].partition("(")[0])
-    return size_from_environment()
+    """The number of processes on this node; without a launcher's word all of them."""
+    return _stated_local_size() or size_from_environment()
+
+
+def _stated_local_size() -> int | None:
+    """torchrun says LOCAL_WORLD_SIZE, deepspeed LOCAL_SIZE, srun its own, as 4 or 4(x2)."""
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE", "SLURM_STEP_TASKS_PER_NODE")
+    stated = next((os.environ[name] for name in names if name in os.environ), None)
+    return None if stated is None else int(re.split(r"\D", stated)[0])
 
 
 def join_world(timeout_seconds: float) -> World:
@@ -63,16 +68,16 @@ def join_world(timeout_seconds: float) -> World:
     _tame_deepspeed()
     rank, size, local_size = rank_from_environment(), size_from_environment(), local_size_from_environment()
     local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+    device = choose_device(local_rank, _stated_local_size() or local_rank + 1)
     settings = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": local_size}
     os.environ.update({name: str(value) for name, value in settings.items()})
     if size == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(free_port()))
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
+        os.environ["LOCAL_RANK"] = str(device.index)  # from which DeepSpeed takes its device
     else:
-        device = torch.device("cpu")
         keep_freed_memory()
         if "OMP_NUM_THREADS" not in os.environ:  # else every process would want all cores
             torch.set_num_threads(max(1, available_cores() // local_size))
@@ -82,6 +87,23 @@ def join_world(timeout_seconds: float) -> World:
         device_id=device if device.type == "cuda" else None,
     )
     return World(rank, size, local_rank, local_size, device)
+
+
+def choose_device(local_rank: int, local_size: int) -> torch.device:
+    """The GPU of a process by its number among those of its node, or the CPU where there is no GPU.
+
+    A process that sees one GPU takes that: `srun --gpus-per-task=1` shows each process its own. UserError, on all
+    processes of the node, where they see several GPUs and not enough.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    gpus = torch.cuda.device_count()
+    if local_size > gpus > 1:
+        raise UserError(
+            f"{local_size} processes on this node, but torch sees {gpus} GPUs; start {gpus} processes per node, or let "
+            "each process see its own GPU only (srun --gpus-per-task=1)"
+        )
+    return torch.device("cuda", local_rank if gpus > 1 else 0)
 
 
 def leave_world() -> None:
@@ -152,28 +174,6 @@ def gather_problems(problem: str | None) -> list[str]:
     told: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(told, problem)
     return [text for text in told if text is not None]
-
-
-FAILED_KEY = "mosaic_dist/failed"
-
-
-def is_first_to_fail(store: dist.Store | None = None) -> bool:
-    """Whether no other rank has asked this before. False, too, where the others are already gone.
-
-    A thread asks over a connection of its own to the store.
-    """
-    try:
-        return (store or torch.distributed.distributed_c10d._get_default_store()).add(FAILED_KEY, 1) == 1
-    except Exception:  # the store went with the rank that failed first
-        return False
-
-
-def some_rank_failed() -> bool:
-    """Whether a rank has asked `is_first_to_fail`, or the store went with it. Any thread may ask."""
-    try:
-        return torch.distributed.distributed_c10d._get_default_store().check([FAILED_KEY])
-    except Exception:  # before the processes have met there is no store either
-        return dist.is_initialized()
 
 
 def available_cores() -> int:

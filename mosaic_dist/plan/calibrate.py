@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from mosaic_dist.errors import UserError
-from mosaic_dist.files import write_atomic
+from mosaic_dist.files import check_output_file, write_atomic
 from mosaic_dist.hardware import Device, device_called
+from mosaic_dist.model.ffn.kernel import has_grouped_product
 from mosaic_dist.model.products import linear
 
 PRODUCT_SIZE, GPU_PRODUCT_SIZE = 1024, 8192
@@ -26,6 +27,7 @@ def calibrate(path: Path) -> Device:
     """
     if path.exists():
         raise UserError(f"{path} exists; give --calibrate a new file")
+    check_output_file(path)
     on_gpu = torch.cuda.is_available()
     where = torch.device("cuda" if on_gpu else "cpu")
     name = torch.cuda.get_device_name() if on_gpu else f"CPU with {torch.get_num_threads()} threads"
@@ -35,7 +37,7 @@ def calibrate(path: Path) -> Device:
     has_bf16 = on_gpu and torch.cuda.get_device_capability() >= (8, 0)
     dtypes = [torch.float32] + on_gpu * [torch.float16] + has_bf16 * [torch.bfloat16]
     rates = {dtype: 2 * size**3 / _seconds(_product(size, dtype, where), where) for dtype in dtypes}
-    copied = torch.ones(GPU_COPY_ELEMENTS if on_gpu else COPY_ELEMENTS, device=where)
+    copied = torch.randn(GPU_COPY_ELEMENTS if on_gpu else COPY_ELEMENTS, device=where)
     bandwidth = 2 * copied.nbytes / _seconds(copied.clone, where)
     device = Device(
         name=name,
@@ -44,7 +46,7 @@ def calibrate(path: Path) -> Device:
         fp16=rates.get(torch.float16, 0.0),
         bf16=rates.get(torch.bfloat16, 0.0 if on_gpu else rates[torch.float32]),
         reachable=1.0,
-        grouped=has_bf16,
+        grouped=has_grouped_product(where),
         memory_bytes=torch.cuda.get_device_properties(where).total_memory if on_gpu else _host_bytes(),
         memory_bytes_per_second=bandwidth,
         node_bytes_per_second=known.node_bytes_per_second if known else bandwidth,
@@ -56,7 +58,8 @@ def calibrate(path: Path) -> Device:
 
 
 def _product(size: int, dtype: torch.dtype, where: torch.device) -> Callable[[], torch.Tensor]:
-    left, right = (torch.full((size, size), 0.5, dtype=dtype, device=where) for _ in range(2))
+    """Of random numbers: on constants a GPU's clock stays higher (13 % on an H200)."""
+    left, right = (torch.randn(size, size, dtype=dtype, device=where) for _ in range(2))
     return lambda: linear(left, right)
 
 

@@ -65,6 +65,17 @@ class Layout:
         """Of weights and activations."""
         return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self.precision]
 
+    @property
+    def gradient_itemsize(self) -> int:
+        """Bytes of an element of the gradients that are summed over micro-batches."""
+        is_fp32 = self.config.get("data_types", {}).get("grad_accum_dtype") == "fp32"
+        return 4 if is_fp32 else self.dtype.itemsize
+
+    @property
+    def sums_apart(self) -> bool:
+        """Whether gradients are summed in a wider dtype than they are made in."""
+        return self.gradient_itemsize > self.dtype.itemsize
+
     def expert_group(self, rank: int) -> range:
         """The ranks that share the experts of a layer with this one: neighbours."""
         first = rank - rank % self.degree

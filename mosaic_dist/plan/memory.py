@@ -45,9 +45,9 @@ def rank_memory(layout: Layout, groups: tuple[Group, ...], states: States, micro
 
     Without ZeRO and in stage 1 gradients grow as the backward pass goes, and are all there from the second micro-batch
     on. In stages 2 and 3 they pass through the bucket, which is reduced when a gradient is made; from the first
-    reduction on there is the rank's share of them, in stage 2 beside that of the micro-batches before. What stage 3
-    gathers together stays as it came until the last of it is used: the head's table, in the forward pass; in the
-    backward pass nothing is gathered that stayed whole.
+    reduction on there is the rank's share of them, in stage 2 beside that of the micro-batches before, unless it is
+    added to sums in float32. What stage 3 gathers together stays as it came until the last of it is used: the head's
+    table, in the forward pass; in the backward pass nothing is gathered that stayed whole.
     """
     of_parts, bucket = _elements_of_parts(groups), layout.zero["reduce_bucket_size"]
     is_later = layout.accumulation > 1
@@ -65,7 +65,7 @@ def rank_memory(layout: Layout, groups: tuple[Group, ...], states: States, micro
         if layout.stage < 2 and not is_later:
             gradients = made * layout.dtype.itemsize
         elif layout.stage == 2:
-            gradients *= is_later + is_reducing
+            gradients *= min(1, is_later + is_reducing) if layout.sums_apart else is_later + is_reducing
         points.append(Point(moment.name, gradients, buffers, moment.peak_bytes))
         if is_reducing and states.reduced + moment.gradient_peak_bytes > moment.peak_bytes:
             points[-1] = Point(moment.name, gradients, buffers + states.reduced, moment.gradient_peak_bytes)

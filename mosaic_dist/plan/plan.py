@@ -149,7 +149,7 @@ def make_plan(
 def setting_of(layout: Layout, device: Device) -> Setting:
     """The micro-batch of a layout, with the kernels of a device."""
     run = layout.run
-    is_recent = device.grouped and layout.precision != "fp32"
+    has_flash = device.kind == "cuda" and device.bf16 > 0 and layout.precision != "fp32"
     return Setting(
         model=run.model,
         degree=layout.degree,
@@ -160,7 +160,7 @@ def setting_of(layout: Layout, device: Device) -> Setting:
         expert_chunks=run.parallel.expert_chunks,
         sequence_parallel=run.parallel.sequence_parallel,
         documents=run.data.document_mask,
-        attention="cpu" if device.kind == "cpu" else "flash" if is_recent else "efficient",
+        attention="cpu" if device.kind == "cpu" else "flash" if has_flash else "efficient",
         grouped=device.grouped and layout.precision == "bf16",
     )
 

@@ -103,14 +103,19 @@ def _replicated(layout: Layout, groups: tuple[Group, ...], rank: int) -> States:
 
 def _flat_groups(layout: Layout, groups: tuple[Group, ...], rank: int) -> States:
     size, elements = layout.dtype.itemsize, sum(group.elements for group in groups)
-    kept = sum(sum(_touched(layout, group, rank)) for group in groups) * size
-    bucket = layout.zero["reduce_bucket_size"] * size * (2 if layout.zero["overlap_comm"] else 1)
-    reduced = min(layout.zero["reduce_bucket_size"], elements) * size  # flattened once more for the collective
+    in_bucket = layout.gradient_itemsize if layout.stage == 1 else size
+    bucket = layout.zero["reduce_bucket_size"] * in_bucket * (2 if layout.zero["overlap_comm"] else 1)
+    reduced = min(layout.zero["reduce_bucket_size"], elements) * in_bucket  # flattened once more for the collective
     shares = [(group, held(layout, group)) for group in groups]
-    update = max(n * (4 + (size if size < 4 else 0)) + _orthogonal(layout, group, n) for group, n in shares)
+    if layout.sums_apart:  # the sums are this rank's share of each group, which the update takes as they are
+        kept, copied = sum(n for _, n in shares) * layout.gradient_itemsize, 0
+    else:
+        kept = sum(sum(_touched(layout, group, rank)) for group in groups) * size
+        copied = 4 + (size if size < 4 else 0)
+    update = max(n * copied + _orthogonal(layout, group, n) for group, n in shares)
     gradients = kept
     if layout.stage == 1:
-        gradients, update = elements * size, max(update, reduced + kept)
+        gradients, update = elements * layout.gradient_itemsize, max(update, reduced + kept)
     weights = sum(padded(layout, group) for group in groups) * size
     return States(weights, gradients, _kept(layout, groups), bucket, reduced, 0, 0, update, 0)
 
@@ -138,10 +143,11 @@ def _partitioned(layout: Layout, groups: tuple[Group, ...], rank: int) -> States
     gathered = min(passing, max(live, _largest_layer(groups))) * size
     # weights are prefetched until there are so many; those of the module at hand are cut apart at once
     arriving = min(passing, ahead + max(max(group.sizes) for group in groups)) * size if ahead else 0
-    update = min(pieces, zero["sub_group_size"]) * (4 + (size if size < 4 else 0))
+    summed = layout.gradient_itemsize
+    update = min(pieces, zero["sub_group_size"]) * (4 + (summed if summed < 4 else 0))
     update += max(_orthogonal(layout, group, min(held(layout, group), zero["sub_group_size"])) for group in groups)
     weights = (pieces + sum(whole)) * size
-    return States(weights, pieces * size, _kept(layout, groups), bucket, reduced, gathered, arriving, update, 0)
+    return States(weights, pieces * summed, _kept(layout, groups), bucket, reduced, gathered, arriving, update, 0)
 
 
 def is_persistent(layout: Layout, size: int) -> bool:

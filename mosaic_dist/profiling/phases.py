@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import nn
+from torch.autograd import DeviceType
 from torch.profiler import record_function
 
 from mosaic_dist.model import MixtureOfExperts
@@ -100,6 +101,8 @@ def spent(events: Any, on_device: bool) -> dict[str, Spent]:
     }
     seconds: dict[tuple[str, bool], float] = defaultdict(float)
     for event in events:
+        if event.device_type != DeviceType.CPU:
+            continue  # kernels count with the operation that launched them, and a device has copies of the ranges
         took = event.self_device_time_total if on_device else event.self_cpu_time_total
         phase, is_backward = _place(event, undone)
         if took and phase is not None:

@@ -12,7 +12,7 @@ from typing import Any
 from mosaic_dist.checkpoint import Checkpoint, candidates
 from mosaic_dist.data.settings import read_data_word
 from mosaic_dist.errors import UserError
-from mosaic_dist.files import write_atomic
+from mosaic_dist.files import check_new_directory, write_atomic
 from mosaic_dist.parallel.deepspeed_config import OWN_KEYS
 from mosaic_dist.parallel.world import free_port
 from mosaic_dist.reproduce.circumstances import Change, changes, check_data, read_folder
@@ -57,8 +57,7 @@ def reproduce(
         raise UserError("give one run, as `reproduce runs/t4_moe`")
     there, run = read_folder(str(folder[0]))
     here = RunFolder(output or f"{there.path}_again")
-    if here.path.exists():
-        raise UserError(f"{here.path} exists; remove it, or choose another --output")
+    check_new_directory(here.path)
     facts = json.loads((there.path / "environment.json").read_text())
     changed = list(changes(facts, environment()))
     print(render_changes(changed))

@@ -3,25 +3,24 @@
 Each rank then hashes its share of the files, and reads only what it holds, a tensor at a time.
 """
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mosaic_dist.checkpoint import candidates, refuse_foreign
-from mosaic_dist.convert.hugging_face import SafetensorsFolder, import_folder
+from mosaic_dist.convert.hugging_face import import_folder
 from mosaic_dist.convert.hugging_face.rules import check_names
 from mosaic_dist.convert.hugging_face.twin import canonical
 from mosaic_dist.convert.native import FORMAT_VERSION, expected_shapes
+from mosaic_dist.convert.reading import open_safetensors, prove_files, read_checksums, read_json, read_weight_map
+from mosaic_dist.convert.writing import CHECKSUMS
 from mosaic_dist.data.mixture import Corpus
 from mosaic_dist.data.tokenizer import FILE_NAME, Tokenizer
 from mosaic_dist.errors import UserError
-from mosaic_dist.files import checksum
 from mosaic_dist.model import GroupedLinear, Transformer
 from mosaic_dist.parallel import World, gather_problems
 from mosaic_dist.run_spec import Run, listing
@@ -43,6 +42,10 @@ MAY_DIFFER = {
 }
 """Fields of a model, with what is below them, that say how it is trained or computed, and not which function of its
 weights it is. A learned table of positions tells its context by its shape."""
+
+
+HINT = "; give a folder made by `python -m mosaic_dist export` or `import`, or one that transformers saved"
+"""Of a message about an --initial_model that cannot be read."""
 
 
 class InitialWeights(Protocol):
@@ -68,14 +71,16 @@ def open_initial(run: Run, info: Corpus, checkpoints: Path) -> InitialWeights | 
         return None
     path = Path(run.initial_model).expanduser()
     refuse_foreign(path)
-    config = _read_json(path / "config.json")
+    config = read_json(path / "config.json", HINT)
     weights = ExportedWeights(path, config) if config.get("model_type") == "mosaic_dist" else HuggingFaceWeights(path)
     check_same_model(weights.model, run.model, path)
-    if (path / FILE_NAME).exists() and (found := Tokenizer.load(path).digest) != info.tokenizer:
-        raise UserError(
-            f"the data of {info.path} was made with tokenizer {info.tokenizer}, and {path} holds {found}: its weights "
-            f"know other tokens; tokenize the data with {path / FILE_NAME}"
-        )
+    if (path / FILE_NAME).exists():
+        found = Tokenizer.load(path)
+        if found.digest != info.tokenizer and not found.has_ids_of(Tokenizer.load(info.tokenizer_path)):
+            raise UserError(
+                f"the data of {info.path} was made with tokenizer {info.tokenizer}, and {path} holds {found.digest}: "
+                f"its weights know other tokens; tokenize the data with {path / FILE_NAME}"
+            )
     return weights
 
 
@@ -95,8 +100,9 @@ class ExportedWeights:
             )
         with at(f"{path / 'config.json'}: model"):
             self.model = Transformer.from_dict(config.get("model", {}))
-        self.path, self.files = path, SafetensorsFolder(path).files
-        self.sums = _read_json(path / "checksums.json")
+        if read_checksums(path) is None:
+            raise UserError(f"{path} has no {CHECKSUMS}, so its weights cannot be proven; export it again")
+        self.path, self.files = path, read_weight_map(path)
         shapes = expected_shapes(self.model)
         check_names(shapes, self.files)
         for name, part in self.tensors():
@@ -105,20 +111,14 @@ class ExportedWeights:
 
     def verify(self, rank: int, world_size: int) -> None:
         """See `InitialWeights`."""
-        for name in sorted({*self.sums, *self.files.values()})[rank::world_size]:
-            file, written = self.path / name, self.sums.get(name, {}).get("xxh3_128")
-            if not file.exists() or checksum(file) != written:
-                raise UserError(f"{file} is missing or damaged: its checksum is not the one written at export")
+        prove_files(self.path, rank, world_size)
 
     def tensors(self) -> Iterator[tuple[str, Any]]:
         """See `InitialWeights`; one file is open at a time."""
         for file in sorted(set(self.files.values())):
-            try:
-                with safe_open(self.path / file, "pt") as opened:
-                    for name in (name for name, place in self.files.items() if place == file):
-                        yield name, opened.get_slice(name)
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{self.path / file} is missing or damaged: {error}") from None
+            with open_safetensors(self.path / file) as opened:
+                for name in (name for name, place in self.files.items() if place == file):
+                    yield name, opened.get_slice(name)
 
 
 class HuggingFaceWeights:
@@ -130,29 +130,15 @@ class HuggingFaceWeights:
 
     def __init__(self, path: Path):
         self.path = path
-        self.model, self._tensors = import_folder(path)
+        self.model, self._tensors = import_folder(path, prove=False)
 
     def verify(self, rank: int, world_size: int) -> None:
-        """Such folders have no checksums."""
+        """See `InitialWeights`. Only folders that `export --format hf` wrote have checksums."""
+        prove_files(self.path, rank, world_size)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """See `InitialWeights`. To be called once."""
         return self._tensors
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"initial_model: cannot read {file} ({error.strerror}); give a folder made by `python -m mosaic_dist "
-            "export` or `import`, or one that transformers saved"
-        ) from None
-    except ValueError as error:  # neither JSON nor text
-        raise UserError(f"{file} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file} holds {type(content).__name__}, not a mapping")
-    return content
 
 
 def check_same_model(there: Transformer, here: Transformer, path: Path) -> None:

@@ -11,7 +11,8 @@ from types import FrameType
 
 import torch.distributed as dist
 
-from mosaic_dist.parallel import some_rank_failed
+from mosaic_dist.cli import CTRL_C_EXIT_CODE
+from mosaic_dist.parallel import rank_from_environment, some_rank_failed
 
 INTERRUPTED_EXIT_CODE = 75
 """Of a run that saved and stopped because it was told to: "start me again" (EX_TEMPFAIL of sysexits.h).
@@ -21,34 +22,38 @@ Launchers use 1, 2 and 126 to 255 themselves, and our errors 1 and 2.
 FAILED_ELSEWHERE_EXIT_CODE = 1
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """What Slurm sends before it takes a node away (`--signal=USR1@60`, preemption), and launchers to end their ranks."""
+AGAIN_SECONDS = 2.0
+"""Within this time of the first SIGINT others mean nothing: launchers hand on theirs to ranks that got it already."""
 LOOK_SECONDS = 1.0
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class StopSignals:
-    """Remembers that a stop signal came, for the end of the step; installed for the rest of the process's life.
+    """Remembers for the end of the step that a stop signal or Ctrl-C came; installed for the rest of the process.
 
-    Signals after the first change nothing, so they cannot tear a save. Make it on the main thread. A process that a
-    launcher has started gets one when the launcher is killed: nobody would end it, and it would hold the run folder.
+    Signals after the first change nothing, so they cannot tear a save; but a second Ctrl-C ends the process at once.
+    Make it on the main thread. A process that a launcher has started gets a signal when the launcher is killed: nobody
+    would end it, and it would hold the run folder.
     """
 
     def __init__(self) -> None:
         self.received: str | None = None
         """Name of the first that came to this process."""
         self._is_settled = False
+        self._interrupted_at: float | None = None
         read_end, write_end = socket.socketpair()
         write_end.setblocking(False)
         self._ends = (read_end, write_end)  # the descriptors live as long as this
         signal.set_wakeup_fd(write_end.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._watch, name="stop signals", daemon=True).start()
-        for number in STOP_SIGNALS:
+        for number in (*STOP_SIGNALS, signal.SIGINT):
             signal.signal(number, self._remember)
         if "RANK" in os.environ and sys.platform == "linux":
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
     def settle(self) -> None:
-        """Training is over for all ranks: from here on the signals are ignored.
+        """Training is over for all ranks: from here on the signals are ignored, but for a second Ctrl-C.
 
         A launcher sends SIGTERM when the first rank has ended with our exit code, to others on their way out.
         """
@@ -60,19 +65,43 @@ class StopSignals:
         self.received = self.received or signal.Signals(number).name
 
     def _watch(self) -> None:
-        """Leave at once on a signal that comes before the processes have met, or because another rank failed.
+        """Act on what the main thread cannot: it may wait for another rank, in a call where no Python runs."""
+        is_first = True
+        while True:
+            numbers = self._ends[0].recv(64)
+            if signal.SIGINT in numbers:
+                self._interrupt()
+            if is_first and any(number in numbers for number in (*STOP_SIGNALS, signal.SIGINT)):
+                is_first = False
+                threading.Thread(target=self._leave_if_alone, name="stop signals", daemon=True).start()
 
-        The main thread may then wait for another rank for ever, deep in a call where no Python runs, and launchers give
-        each process 30 s before they kill it, some one process after the other.
+    def _interrupt(self) -> None:
+        """Say what the first Ctrl-C does; end the process on a second one."""
+        now = time.monotonic()
+        if self._interrupted_at is None:
+            self._interrupted_at = now
+            if not self._is_settled and dist.is_initialized() and rank_from_environment() == 0:
+                print(FIRST_CTRL_C, file=sys.stderr, flush=True)
+        elif now - self._interrupted_at > AGAIN_SECONDS:
+            os._exit(CTRL_C_EXIT_CODE)
+
+    def _leave_if_alone(self) -> None:
+        """Leave at once where no processes have met, or another rank has failed, which the main thread may wait for.
+
+        Launchers give each process 30 s before they kill it, some one process after the other.
         """
-        while not any(number in STOP_SIGNALS for number in self._ends[0].recv(64)):
-            pass  # the signals of others pass by here too: an ended child, Ctrl-C
         while not self._is_settled:
             if not dist.is_initialized():  # nothing has begun that could be saved
                 os._exit(INTERRUPTED_EXIT_CODE)
             if some_rank_failed():
                 os._exit(FAILED_ELSEWHERE_EXIT_CODE)
             time.sleep(LOOK_SECONDS)
+
+
+FIRST_CTRL_C = (
+    "\nCtrl-C: the run saves at the end of this step and stops; another Ctrl-C ends it at once without saving. "
+    "A launcher kills ranks that take longer than 30 s."
+)
 
 
 class Deadline:

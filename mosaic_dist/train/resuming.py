@@ -1,6 +1,6 @@
 """Which checkpoint a run goes on from, and how it gets there."""
 
-from mosaic_dist.checkpoint import Checkpoint, CheckpointError, candidates
+from mosaic_dist.checkpoint import Checkpoint, CheckpointError, candidates, refuse_unknown_formats
 from mosaic_dist.checkpoint.engine_state import load_engine
 from mosaic_dist.parallel import Engine, World, gather_problems, on_main
 from mosaic_dist.train.folder import RunFolder
@@ -18,7 +18,9 @@ def newest_good(folder: RunFolder, world: World) -> Checkpoint | None:
     """The newest checkpoint whose every file has its checksum, each rank reading its share; None for a fresh folder.
 
     One that is damaged is named and passed over. If all are, CheckpointError: a run never starts from zero in silence.
+    The same if another version of this package wrote one of them, as it may be whole.
     """
+    on_main(world, lambda: refuse_unknown_formats(folder.checkpoints))
     found = on_main(world, lambda: candidates(folder.checkpoints))
     for path in reversed(found.values()):
         checkpoint, problem = None, None

@@ -1,6 +1,8 @@
 """One start of a run: claim the folder, continue or begin, train, leave everything in order."""
 
 import functools
+import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +13,13 @@ from mosaic_dist.checkpoint import Checkpoint
 from mosaic_dist.data.mixture import Corpus, parts_of
 from mosaic_dist.data.stream import Loader, ValidationBatches
 from mosaic_dist.model import Counts, flops_per_token
-from mosaic_dist.parallel import Engine, World, on_main
+from mosaic_dist.parallel import Engine, World, gather_problems, on_main
 from mosaic_dist.run_spec import OWN_PARTS, Run
 from mosaic_dist.spec import own_parts
 from mosaic_dist.train.folder import RunFolder
 from mosaic_dist.train.initial import InitialWeights, fill, verify_together
-from mosaic_dist.train.interruption import Deadline, StopSignals
+from mosaic_dist.train.interruption import INTERRUPTED_EXIT_CODE, LOOK_SECONDS, Deadline, StopSignals
+from mosaic_dist.train.lock import FolderInUse
 from mosaic_dist.train.peak import peak_flops_per_second
 from mosaic_dist.train.reporting import FirstStep, Metrics, Plots, ProgressBar, Speed
 from mosaic_dist.train.resuming import load_run, newest_good
@@ -26,6 +29,9 @@ from mosaic_dist.train.telling import say
 from mosaic_dist.train.trackers import Tracker, close_trackers, make_trackers
 from mosaic_dist.train.trainer import HeldOutStream, Hook, NonfiniteGuard, Progress, Trainer, Validation
 from mosaic_dist.train.watch import Watch
+
+LEAVE_SECONDS = 300.0
+"""Time that an earlier start has to end once its watchdog or its agent has noticed that SLURM gave it up."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ def train_run(start: Start, world: World) -> Trainer:
     if start.initial is not None:  # before the folder is claimed: a damaged file must leave nothing behind
         verify_together(start.initial, world)
         say(world, f"starting from the weights in {start.initial.path}")
-    on_main(world, lambda: folder.claim(run))
+    claim(folder, run, start.signals, world)
     torch.manual_seed(run.seed + world.rank)
     filled = None if start.initial is None else functools.partial(fill, weights=start.initial)
     engine = Engine(run.model, run.optimizer, start.config, start.degree, run.seed, world, filled, run.parallel)
@@ -90,6 +96,25 @@ def train_run(start: Start, world: World) -> Trainer:
     return trainer
 
 
+def claim(folder: RunFolder, run: Run, signals: StopSignals, world: World) -> None:
+    """Claim the folder. Wait for an earlier start of the same SLURM job that still holds it. Every rank calls.
+
+    The wait is longer than such a start can live: its own watchdog ends it, if `slurm/node.sh` has not done so before.
+    """
+    began, seconds = time.monotonic(), run.parallel.step_limit_seconds + LEAVE_SECONDS
+    has_told = False
+    while holder := on_main(world, lambda: folder.claim(run)):
+        if not has_told:
+            say(world, f"{folder.path} is still in use by {holder}: waiting up to {seconds:.0f} s for its end")
+            has_told = True
+        if gather_problems(signals.received):
+            say(world, "stopped by a signal while waiting; nothing was changed")
+            os._exit(INTERRUPTED_EXIT_CODE)  # all ranks are here; an orderly end has nothing to save
+        if on_main(world, lambda: time.monotonic() - began > seconds):
+            raise FolderInUse(f"{folder.path} is still in use by {holder} after {seconds:.0f} s; end that process")
+        time.sleep(LOOK_SECONDS)
+
+
 def how_it_begins(trainer: Trainer, counts: Counts, folder: RunFolder) -> str:
     """The model, the layout, and which steps are ahead, if any are."""
     engine, progress = trainer.engine, trainer.progress
@@ -99,9 +124,7 @@ def how_it_begins(trainer: Trainer, counts: Counts, folder: RunFolder) -> str:
         f"steps {progress.step} to {trainer.until_step} of {trainer.run.steps} in {folder.path}"
     )
     for kind, file in own_parts(trainer.run).items():
-        told += (
-            f"\nthe part {kind} is defined in {file}: commands that build the model of this run need --recipe {file}"
-        )
+        told += f"\n{kind} is defined in {file}: commands that build this run's model need --recipe {file}"
     if not trainer.is_ending:
         compiles = trainer.run.parallel.compile_blocks
         return told + ("\ncompiling blocks in the first step: it may take minutes" if compiles else "")

@@ -99,6 +99,7 @@ class WandbTracker:
     def __init__(self, run: Run, folder: Path):
         os.environ.setdefault("WANDB_MODE", "offline")
         os.environ.setdefault("WANDB_SILENT", "true")
+        os.environ.setdefault("WANDB_DISABLE_GIT", "true")  # its patch has no credentials masked; ours is in git.diff
         os.environ.setdefault("WANDB_INIT_TIMEOUT", str(INIT_SECONDS))
         os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(FINISH_SECONDS))  # also of the exit hook of the package
         import wandb  # takes seconds, and most runs do without

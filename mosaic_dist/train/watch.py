@@ -1,4 +1,7 @@
-"""Ends a run that hangs, and says whose fault it is."""
+"""Ends a run that hangs, and says whose fault it is.
+
+Nothing here waits for the store, which rank 0 hosts, for longer than a bound: rank 0 may be what hangs.
+"""
 
 import faulthandler
 import json
@@ -9,10 +12,12 @@ import threading
 import time
 import traceback
 from collections.abc import Sequence
+from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mosaic_dist.parallel import Board, World, is_first_to_fail
+from mosaic_dist.parallel import Board, World
+from mosaic_dist.parallel.board import PATIENCE_SECONDS
 
 HUNG_EXIT_CODE = 1
 LONGEST_INTERVAL_SECONDS = 5.0
@@ -57,9 +62,9 @@ class Watch:
         self.stacks = folder / "stacks" / f"rank_{world.rank:05d}.txt"
         self.stacks.parent.mkdir(parents=True, exist_ok=True)
         self._log = open(self.stacks, "a")  # noqa: SIM115 - a C thread writes to it when Python cannot
-        self._board = Board("watch", world.rank, world.size)
+        self._board = Board("watch", world.rank, world.size, min(PATIENCE_SECONDS, limit_seconds))
         self._beats, self._at = 0, (0, 0, "start", time.monotonic())
-        self._put(self._sign())
+        wait([self._put(self._sign())], self._board.patience_seconds)
         self._arm(0.0)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
@@ -74,6 +79,7 @@ class Watch:
         """Stop watching."""
         self._closed.set()
         self._thread.join()
+        self._board.close()
         faulthandler.cancel_dump_traceback_later()
         self._log.close()
         if not self.stacks.stat().st_size:
@@ -108,11 +114,8 @@ class Watch:
         seconds = time.monotonic() - since
         return Sign(self._beats, socket.gethostname(), step, part, phase, seconds, waits, stack)
 
-    def _put(self, sign: Sign) -> None:
-        try:
-            self._board.put(json.dumps(asdict(sign)))
-        except Exception:  # the store is gone or out of reach: the limit comes anyway
-            return
+    def _put(self, sign: Sign) -> "Future[None]":
+        return self._board.put(json.dumps(asdict(sign)))
 
     def _read(self) -> list[Sign | None] | None:
         """The signs of all ranks; None where the store does not answer."""
@@ -132,8 +135,11 @@ class Watch:
         after = None if before is None else self._read()
         where = f"[rank {self.world.rank} on {sign.host}]"
         if before is None or after is None:
-            print(f"{where} {describe(sign)}, and rank 0 does not answer:\n{sign.stack}", file=sys.stderr, flush=True)
-        elif is_first_to_fail(self._board.store):
+            silent = "rank 0 does not answer: its process is stopped or gone, or its node or network is lost"
+            print(
+                f"{where} {describe(sign)}, and {silent}. This rank was in\n{sign.stack}", file=sys.stderr, flush=True
+            )
+        elif self._board.is_first_to_fail():
             told = verdict(before, after, self.limit_seconds, self.stacks.parent)
             print(f"{where} {told}", file=sys.stderr, flush=True)
         time.sleep(GRACE_SECONDS)

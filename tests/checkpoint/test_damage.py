@@ -12,12 +12,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mosaic_dist.checkpoint import Checkpoint, CheckpointError
+from mosaic_dist.checkpoint import Checkpoint, CheckpointError, newest, prune
 from mosaic_dist.checkpoint.manifest import read_manifest, render_manifest
+from mosaic_dist.checkpoint.pieces import UnknownFormatError
 from mosaic_dist.parallel import World
 from mosaic_dist.train.folder import RunFolder
 from mosaic_dist.train.resuming import newest_good
 from tests.checkpoint.samples import DTYPES, SHAPES, save_small
+from tests.train.expert_run import run as expert_run
 
 FLIPS = 120
 
@@ -125,6 +127,28 @@ def damages(file: Path, chance: random.Random) -> Iterator[str]:
     yield "zeroed"
     file.unlink()
     yield "missing"
+
+
+@pytest.mark.parametrize("is_framed", [True, False])
+def test_a_newer_format_is_neither_passed_over_nor_overwritten(alone: World, tmp_path: Path, is_framed: bool) -> None:
+    """Also one whose manifest has another checksum than ours: only its format is known to be one of a later version."""
+    run = RunFolder(tmp_path)
+    save_small(run.checkpoints, 1)
+    manifest = save_small(run.checkpoints, 2) / "manifest.json"
+    later = render_manifest(read_manifest(manifest.parent) | {"format": 2})
+    manifest.write_bytes(later if is_framed else later.replace(b"xxh3_128", b"blake3"))
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    for refuses in (
+        lambda: newest_good(run, alone),
+        lambda: run.claim(expert_run),
+        lambda: newest(run.checkpoints),
+        lambda: prune(run.checkpoints, 1),
+    ):
+        with pytest.raises(UnknownFormatError, match=r"step_00000002.manifest\.json has format 2; this version reads"):
+            refuses()
+    with pytest.raises(CheckpointError, match=r"step_00000002 was not saved: .* has format 2; this version reads"):
+        save_small(run.checkpoints, 2)
+    assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
 
 
 def test_no_damage_to_any_file_gets_past_the_start_of_a_run(folder: Path, alone: World, tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import streaming.base.format  # noqa: F401 - takes seconds, and here it is loaded before the ranks are forked
 import torch
 import torch.distributed as dist
 

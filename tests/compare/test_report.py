@@ -49,7 +49,8 @@ def make_run(folder: Path) -> Path:
     records[4] |= {"validation_loss": 5.25, "save_seconds": 1.5, "save_stall_seconds": 0.25}
     records[9] |= {"validation_loss": 5.5}
     write_run(folder, records, name=NASTY)
-    (folder / "environment.json").write_text(json.dumps({"command": ["a.py", "--x"], "packages": {"torch": "2.15"}}))
+    command = ["a.py", "--data", "s3://key:hidden@bucket/data"]
+    (folder / "environment.json").write_text(json.dumps({"command": command, "packages": {"torch": "2.15"}}))
     (folder / "ds_config.json").write_text('{"zero_optimization": {"stage": 2}}\n')
     return folder
 
@@ -77,11 +78,12 @@ def test_it_tells_all(html):
     for part in (
         f"{total:,} in all", "10 of 300", "20,480", "5.5000 at step 10, best 5.2500 at step 5", "5.0 s of training",
         "4,096 (median)", "25.0% (median)", "110 MiB", "skipped steps1", "1, 1.50 s each; training waited 0.25 s",
-        "batch_tokens: 2048", '"stage": 2', "a.py --x", "torch2.15", NASTY,
+        "batch_tokens: 2048", '"stage": 2', "a.py --data s3://***@bucket/data", "torch2.15", NASTY,
     ):  # fmt: skip
         assert " ".join(part.split()) in text, part
     assert [tag for tag, _ in parsed.tags].count("img") == 2
     assert "Samples" not in text
+    assert "hidden" not in html
 
 
 def test_it_needs_nothing_else(html):

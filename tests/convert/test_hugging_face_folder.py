@@ -172,7 +172,7 @@ def test_settings_that_cannot_be_represented_are_refused(copy, changes, message)
 def test_damaged_folders_are_refused(copy, tmp_path):
     whole = (copy / "model.safetensors").read_bytes()
     (copy / "model.safetensors").write_bytes(whole[:1000])
-    with pytest.raises(UserError, match="missing or no safetensors file"):
+    with pytest.raises(UserError, match="safetensors is missing or damaged"):
         import_folder(copy)
     (copy / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"has neither model.safetensors nor"):

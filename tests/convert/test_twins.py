@@ -12,7 +12,7 @@ from mosaic_dist.convert.hugging_face import (
 )
 from mosaic_dist.convert.hugging_face.twin import canonical, first_difference
 from mosaic_dist.spec import override
-from tests.convert.twins import TWINS, make_twin, state, tokens
+from tests.convert.twins import TWINS, bare_config, gradients, make_twin, saved_configs, state, tokens, transformers
 
 BOUND = 1e-5
 """Largest difference of logits relative to the largest logit, float32; of a gradient relative to its largest value."""
@@ -45,6 +45,10 @@ def relative(found: torch.Tensor, right: torch.Tensor) -> float:
     return float((found - right).abs().max() / right.abs().max())
 
 
+def differing(found, right) -> str | None:
+    return first_difference(canonical(found).to_dict(), canonical(right).to_dict())
+
+
 def ours_from(twin):
     config = twin.config.to_dict()
     model = spec_from_config(config).build().eval()
@@ -72,9 +76,7 @@ def test_gradients_are_the_twins(twin):
     twin.zero_grad()
     logits = twin(tokens()).logits
     functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens()[:, 1:].flatten()).backward()
-    theirs = {name: torch.zeros_like(values) for name, values in state(twin).items()}
-    theirs |= {n: p.grad for n, p in twin.named_parameters() if n in theirs and p.grad is not None}
-    right = dict(weights_to_ours(twin.config.to_dict(), theirs))
+    right = dict(weights_to_ours(twin.config.to_dict(), gradients(twin)))
     model = ours_from(twin)
     scored = tokens().numel() - len(tokens())
     (model(tokens()[:, :-1], tokens()[:, 1:]).cross_entropy_sum / scored).backward()
@@ -104,8 +106,16 @@ def test_settings_survive_both_ways(twin):
     spec = spec_from_config(twin.config.to_dict())
     written = config_from_spec(spec)
     assert written["model_type"] == twin.config.model_type
-    again = canonical(spec_from_config(written))
-    assert first_difference(again.to_dict(), canonical(spec).to_dict()) is None
+    theirs = transformers.AutoConfig.for_model(**written).to_dict()  # what the transformers at hand makes of it
+    for config in (written, theirs):
+        assert differing(spec_from_config(config), spec) is None
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_every_form_of_a_configuration_is_the_same_model(name):
+    spec = spec_from_config(bare_config(name))
+    for version in ("4.57.1", "5.24.0"):
+        assert differing(spec_from_config(saved_configs(version)[name]), spec) is None
 
 
 @pytest.mark.parametrize(("name", "changes"), UNDONE)

@@ -1,11 +1,19 @@
-"""Small random models of transformers, one or more per architecture, with their options on."""
+"""Small random models of transformers, one or more per architecture, with their options on.
 
+`python -m tests.convert.twins` writes their config.json, as the transformers at hand saves them, beside this file.
+"""
+
+import copy
+import json
 import os
+import tempfile
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 transformers = pytest.importorskip("transformers")
 
@@ -69,10 +77,11 @@ TWINS = {
     "mixtral": ("mixtral", MIXTRAL),
     "mixtral-window": ("mixtral", MIXTRAL | {"sliding_window": 9, "num_experts_per_tok": 3, "head_dim": 6}),
     "gpt_oss": ("gpt_oss", GPT_OSS | FEW_TURNS | {"rope_scaling": YARN | {"truncate": False}}),
+    "gpt_oss-absent": ("gpt_oss", GPT_OSS),
     "gpt_oss-plain": (
         "gpt_oss",
         GPT_OSS
-        | {"rope_scaling": None, "attention_bias": False, "tie_word_embeddings": True}
+        | {"rope_scaling": {"rope_type": "default"}, "attention_bias": False, "tie_word_embeddings": True}
         | {"layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]},
     ),
     "qwen3_moe": ("qwen3_moe", QWEN | {"norm_topk_prob": True, "mlp_only_layers": [1]}),
@@ -99,21 +108,34 @@ TWINS = {
 }
 
 
+def bare_config(name: str) -> dict:
+    """A config.json with nothing but the settings above."""
+    model_type, settings = TWINS[name]
+    return {"model_type": model_type, **settings}
+
+
+def make_config(name: str):
+    """transformers' configuration of a twin."""
+    return transformers.AutoConfig.for_model(
+        **copy.deepcopy(bare_config(name)), bos_token_id=None, eos_token_id=None, pad_token_id=None
+    )
+
+
 def make_twin(name: str):
     """A model of transformers with large random values everywhere, so that no mistake hides behind a small weight."""
-    model_type, settings = TWINS[name]
-    config = transformers.AutoConfig.for_model(
-        model_type, **settings, bos_token_id=None, eos_token_id=None, pad_token_id=None
-    )
+    config = make_config(name)
     config._attn_implementation = "eager"
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     generator = torch.Generator().manual_seed(1)
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     with torch.no_grad():
-        for kind, values in state(model).items():
+        for kind, values in tensors.items():
             noise = torch.randn(values.shape, generator=generator)
+            if kind.endswith("inv_freq"):
+                continue
             if kind.endswith("e_score_correction_bias"):
-                values.copy_(noise.abs() * 0.2)  # transformers' group choice differs from the paper's below zero
+                values.copy_(noise.abs() * 0.2)  # below zero, transformers 4 chooses other groups than the paper
             elif "norm" in kind or ".ln_" in kind:
                 values.copy_(1 + 0.3 * noise if kind.endswith("weight") else 0.3 * noise)
             else:
@@ -122,12 +144,41 @@ def make_twin(name: str):
 
 
 def state(model) -> dict[str, torch.Tensor]:
-    """Its tensors as a file holds them: tied ones once."""
-    tensors = model.state_dict()
-    if model.config.tie_word_embeddings:
-        del tensors["lm_head.weight"]
-    return tensors
+    """Its tensors as `save_pretrained` writes them; in memory, transformers 5 holds experts stacked."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return load_file(Path(folder) / "model.safetensors")
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    """The gradients of its parameters, named and laid out as `state`."""
+    holder = copy.deepcopy(model)
+    for parameter, held in zip(model.parameters(), holder.parameters(), strict=True):
+        held.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+    return state(holder)
 
 
 def tokens() -> torch.Tensor:
     return torch.randint(0, WORDS, (2, LENGTH), generator=torch.Generator().manual_seed(2))
+
+
+# --- config.json of every version -----------------------------------------------------------------------------------
+
+SAVED = {version: Path(__file__).parent / f"configs_transformers_{version}.json" for version in ("4.57.1", "5.24.0")}
+
+
+def saved_configs(version: str) -> dict[str, dict]:
+    """config.json of the twins, by name, as this version of transformers saved them."""
+    return json.loads(SAVED[version].read_text())
+
+
+def saved_config(name: str) -> dict:
+    """config.json of a twin as the transformers at hand saves it."""
+    with tempfile.TemporaryDirectory() as folder:
+        make_config(name).save_pretrained(folder)
+        return json.loads((Path(folder) / "config.json").read_text())
+
+
+if __name__ == "__main__":
+    configs = {name: saved_config(name) for name in TWINS}
+    SAVED[transformers.__version__].write_text(json.dumps(configs, indent=1) + "\n")

@@ -1,23 +1,29 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tokenizers
+import torch
 
 from mosaic_dist.data import mds
+from mosaic_dist.data.batch import document_numbers
 from mosaic_dist.data.dataset import DatasetInfo
 from mosaic_dist.data.encode import split_of
+from mosaic_dist.data.lengths import measure_lengths
 from mosaic_dist.data.prepare import prepare
 from mosaic_dist.data.shards import Shards
 from mosaic_dist.data.sources import read_documents
 from mosaic_dist.data.tokenizer import Tokenizer
 from mosaic_dist.errors import UserError
+from tests.data import foreign
 from tests.data.conftest import SEQ_LEN, assert_gone, children, make_documents, same_files
 
 
@@ -41,6 +47,41 @@ def test_packing_is_what_a_simple_loop_gives(dataset, documents, tokenizer):
         assert info.documents == len(mine)
         assert info.tokens + info.dropped_tokens == len(stream) - 1  # the first token is never a target
         assert info.shards > 1
+
+
+def test_documents_between_chosen_tokens(documents, tmp_path):
+    words = Tokenizer.load(foreign.qwen(tmp_path / "qwen"), eos="<|endoftext|>", bos="<s>")
+    options = {"validation_fraction": 0.2, "workers": 2, "add_bos_token": True}
+    info = prepare(documents, words, tmp_path / "set", SEQ_LEN, **options)
+    mine = [text for text in documents if split_of(text.encode(), 0.2) == "train"]
+    stream = [token for text in mine for token in (words.bos_id, *words.encode(text), words.eos_id)]
+    rows_BT = read_split(info, "train")
+    assert [*rows_BT[:, :-1].ravel(), rows_BT[-1, -1]] == stream[: rows_BT.shape[0] * SEQ_LEN + 1]
+    assert (info.bos_id, info.eos_id) == (words.bos_id, words.eos_id)
+    assert measure_lengths(info, "train").counts[len(words.encode(mine[0])) + 2] > 0
+    inputs_BT = torch.from_numpy(rows_BT[:, :-1].astype(np.int64))
+    numbers_BT = document_numbers(inputs_BT, info.eos_id)
+    begins_BT = numbers_BT[:, 1:] > numbers_BT[:, :-1]
+    assert begins_BT.any()
+    assert torch.equal(begins_BT, inputs_BT[:, 1:] == words.bos_id)  # a BOS belongs to the document that it begins
+    again = info.load_tokenizer()
+    assert (again.tokens, again.stop_ids) == (words.tokens, words.stop_ids)
+    assert again.encode_prompt("x") == [words.bos_id, *words.encode("x")]
+    file = info.path / "tokenizer_config.json"
+    file.write_text(file.read_text().replace("<s>", "<|im_start|>"))
+    with pytest.raises(UserError, match=r"tokenizer_config\.json is not the one that .*dataset\.json describes"):
+        DatasetInfo.load(info.path)
+    file.unlink()
+    with pytest.raises(UserError, match=r"tokenizer_config\.json is missing"):
+        DatasetInfo.load(info.path)
+
+
+def test_text_that_encodes_to_the_end_is_refused(tmp_path):
+    words = Tokenizer.load(foreign.qwen(tmp_path / "qwen"), eos="z")  # an ordinary letter
+    prepare(["the tokens"] * 20, words, tmp_path / "set", SEQ_LEN, validation_fraction=0.0, workers=1)
+    with pytest.raises(UserError, match=r"encodes to the end-of-document token 'z' \(id \d+\), .* name another --eos"):
+        prepare(["the z"] * 20, words, tmp_path / "other", SEQ_LEN, validation_fraction=0.0, workers=1)
+    assert not (tmp_path / "other").exists()
 
 
 def test_text_comes_back(dataset, documents, tokenizer):
@@ -189,8 +230,9 @@ def test_a_workers_failure_ends_everything(tokenizer, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-KILLED = """
+ENDLESS = """
 import sys
+from mosaic_dist.cli import run_command
 from mosaic_dist.data.prepare import prepare
 from mosaic_dist.data.tokenizer import Tokenizer
 
@@ -200,26 +242,44 @@ def endless():
             print("under way", flush=True)
         yield f"document {i} " * 100
 
-if __name__ == "__main__":
+def tool() -> None:
     prepare(endless(), Tokenizer.load(sys.argv[1]), sys.argv[2], 64, workers=2)
+
+if __name__ == "__main__":
+    run_command(tool, "tool", [])
 """
 
 
-def test_kill_leaves_nothing_visible(documents, tokenizer, tmp_path):
+def ignores_ctrl_c(process: int) -> bool:
+    """Whether a process has set SIGINT aside."""
+    (mask,) = re.findall(r"^SigIgn:\t(\w+)$", Path(f"/proc/{process}/status").read_text(), re.MULTILINE)
+    return bool(int(mask, 16) >> (signal.SIGINT - 1) & 1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_kill_and_ctrl_c_leave_nothing_visible(documents, tokenizer, tmp_path, number):
+    """Ctrl-C in a terminal reaches the workers too, but one line is all that is said."""
     tokenizer.save(tmp_path)
-    script = tmp_path / "killed.py"
-    script.write_text(KILLED)
+    script = tmp_path / "endless.py"
+    script.write_text(ENDLESS)
     output = tmp_path / "out" / "set"
     command = [sys.executable, str(script), str(tmp_path), str(output)]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, text=True, env=environment, start_new_session=True) as process:
         assert process.stdout is not None
+        assert process.stderr is not None
         assert process.stdout.readline() == "under way\n"
-        workers = children(process.pid)
-        process.send_signal(signal.SIGKILL)
+        while not all(map(ignores_ctrl_c, workers := children(process.pid))):  # they are still starting
+            time.sleep(0.05)
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)
+            assert (process.stderr.read(), process.wait()) == ("interrupted\n", 130)
+        else:
+            process.send_signal(number)
     assert len(workers) >= 2
     assert_gone(workers)
     assert not output.exists()
-    assert len(list(output.parent.iterdir())) == 1
+    assert len(list(output.parent.iterdir())) == (number == signal.SIGKILL)
     prepare(documents, tokenizer, output, SEQ_LEN, workers=1)  # also clears what the kill left
     assert [path.name for path in output.parent.iterdir()] == ["set"]

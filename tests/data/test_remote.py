@@ -126,6 +126,10 @@ def test_descriptions_are_proven_before_they_are_kept(bucket, tmp_path):
     for name, message in (
         ("dataset.json", r"mine/dataset\.json cannot be fetched: it describes no dataset \(JSONDecodeError"),
         ("tokenizer.json", r"mine/tokenizer\.json cannot be fetched: .*"),
+        (
+            "tokenizer_config.json",
+            r"tokenizer_config\.json cannot be fetched: it is not the one that dataset\.json describes",
+        ),
         ("train/index.json", r"train/index\.json cannot be fetched: it is not the one that dataset\.json describes"),
     ):
         whole = (place / name).read_bytes()

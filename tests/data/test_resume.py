@@ -17,6 +17,8 @@ from mosaic_dist.data import journal
 from mosaic_dist.data.dataset import DatasetInfo
 from mosaic_dist.data.prepare import prepare
 from mosaic_dist.data.sources import Documents, given_documents, hugging_face_documents, read_documents
+from mosaic_dist.data.tokenizer import Tokenizer
+from mosaic_dist.data.tokenizer_config import TokenizerConfig
 from mosaic_dist.errors import UserError
 from tests.data.conftest import SEQ_LEN, same_files
 
@@ -136,6 +138,7 @@ def test_another_command_is_refused(documents, tokenizer, tmp_path, often, broke
     for options, message in (
         ({"seq_len": 8}, "seq_len was 16 and is 8"),
         ({"deduplicate": True}, "deduplicate was False and is True"),
+        ({"add_bos_token": True}, "add_bos_token was False and is True"),
         (
             {"max_document_bytes": 50, "compression": "zstd"},
             "compression was None .*max_document_bytes was None",
@@ -143,6 +146,9 @@ def test_another_command_is_refused(documents, tokenizer, tmp_path, often, broke
     ):
         with pytest.raises(UserError, match=f"of 1.. documents that cannot go on .*{message}.*--restart"):
             prepare(read_documents([str(source)]), tokenizer, output, workers=1, **({"seq_len": SEQ_LEN} | options))
+    other_end = Tokenizer(tokenizer.to_json(), config=TokenizerConfig(tokens={"eos_token": "<|pad|>"}))
+    with pytest.raises(UserError, match="eos_id was 2 and is 0"):
+        prepare(read_documents([str(source)]), other_end, output, SEQ_LEN, workers=1)
     with pytest.raises(UserError, match="given by a program"):
         prepare(documents, tokenizer, output, SEQ_LEN, workers=1)
     source.write_bytes(rows(documents[1:]))

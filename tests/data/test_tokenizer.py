@@ -69,7 +69,7 @@ def test_foreign_tokenizers(tmp_path):
     found = Tokenizer.load(foreign(tmp_path / "a.json", ["<s>", "</s>", "<pad>"]))
     assert (found.bos_id, found.eos_id, found.pad_id, found.vocab_size) == (2, 3, 4, 5)
     assert found.encode("a a a") == [1, 1, 1]  # the file's own truncation to 1 is off
-    with pytest.raises(UserError, match=r"has no end-of-document token; one of <\|eos\|>"):
+    with pytest.raises(UserError, match=r"has no end-of-document token: none of <\|eos\|>"):
         Tokenizer.load(foreign(tmp_path / "b.json", ["<s>"]))
 
 

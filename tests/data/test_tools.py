@@ -12,6 +12,7 @@ from mosaic_dist.data.dataset import DatasetInfo
 from mosaic_dist.data.encode import split_of
 from mosaic_dist.data.expressions import Expressions
 from mosaic_dist.data.tokenizer import Tokenizer, train_bpe
+from tests.data import foreign
 
 
 def run(function, *words: object) -> None:
@@ -29,6 +30,21 @@ def test_text_to_dataset(documents, tmp_path, capsys):
     assert (info.seq_len, info.vocab_size, info.splits["train"].documents) == (32, 280, 2)
     assert [source["name"] for source in info.sources] == [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
     assert "bytes of text per token" in capsys.readouterr().err
+
+
+def test_options_choose_the_ends_of_documents(documents, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("\n".join(documents))
+    words = ("--input", tmp_path / "a.txt", "--tokenizer", foreign.llama3(tmp_path / "llama3"), "--workers", 1)
+    run(tokenize_to_mds, *words, "--output", tmp_path / "plain", "--seq_len", 16)
+    assert "puts '<|begin_of_text|>' before each prompt, but no document will begin with it" in capsys.readouterr().err
+    chosen = ("--eos", "<|end_of_text|>", "--bos", "<|eom_id|>", "--add_bos_token")
+    run(tokenize_to_mds, *words, "--output", tmp_path / "chosen", "--seq_len", 16, *chosen)
+    assert "no document will begin" not in capsys.readouterr().err
+    plain, other = (DatasetInfo.load(tmp_path / name) for name in ("plain", "chosen"))
+    ends = Tokenizer.load(tmp_path / "llama3").stop_ids  # <|eot_id|>, <|end_of_text|>, <|eom_id|>
+    assert (plain.eos_id, plain.bos_id) == (ends[0], None)
+    assert (other.eos_id, other.bos_id) == (ends[1], ends[2])
+    assert set(other.load_tokenizer().stop_ids) == set(ends)
 
 
 @pytest.mark.parametrize(

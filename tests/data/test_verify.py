@@ -99,6 +99,8 @@ SHARD = "train/shard.00001.mds"
         ("tokenizer.json", flip(0), "is damaged"),
         ("tokenizer.json", cut, None),  # its last byte is the line's end, which means nothing
         ("tokenizer.json", Path.unlink, "is missing"),
+        ("tokenizer_config.json", flip(10), "is not the one that dataset.json describes"),
+        ("tokenizer_config.json", Path.unlink, "is missing"),
         ("dataset.json", flip(0), "is damaged"),
         ("dataset.json", another_count, "does not match its checksum"),
         ("dataset.json", lambda file: file.write_bytes(file.read_bytes()[:-9]), "is damaged"),

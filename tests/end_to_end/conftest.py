@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mosaic_dist.parallel.world import free_port
-from tests.launch import ROOT, clean_environment
+from tests.launch import ROOT, clean_environment, run_python, run_ranks
 
 SMALL = (
     "--model.vocab 512 --model.dim 32 --model.context 32 --model.embedding.rank 16 --model.blocks.attention.heads 2 "
@@ -21,9 +21,12 @@ SMALL = (
 
 
 def command(*words: str | Path, timeout: float = 180) -> subprocess.CompletedProcess[str]:
-    """Run a command of the README's kind in the repository and wait."""
+    """Run a command of the README's kind in the repository and wait; a launcher leads a process group of its own."""
+    first, *more = (str(word) for word in words)
+    if first in ("python", sys.executable):
+        return run_python(*more, timeout=timeout)
     return subprocess.run(
-        [str(word) for word in words],
+        [first, *more],
         cwd=ROOT,
         env=clean_environment(),
         text=True,
@@ -31,34 +34,34 @@ def command(*words: str | Path, timeout: float = 180) -> subprocess.CompletedPro
         check=False,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
+        start_new_session=True,
     )
 
 
 def python(*words: str | Path, timeout: float = 180) -> str:
     """Run this Python with words; its output, after making sure that it went well."""
-    done = command(sys.executable, *words, timeout=timeout)
+    done = run_python(*words, timeout=timeout)
     assert done.returncode == 0, done.stdout[-4000:]
     return done.stdout
 
 
-def deepspeed(folder: Path, data: Path, *more: str, ranks: int = 2, small: Sequence[str] = tuple(SMALL)) -> list[str]:
-    """The words that train the tiny recipe with the deepspeed launcher."""
-    return [
-        "deepspeed",
-        "--master_port",
-        str(free_port()),
-        "--num_gpus",
-        str(ranks),
-        "recipes/t4_moe.py",
-        "--ds_config",
-        "ds_configs/zero2.json",
-        "--data",
-        str(data),
-        "--output",
-        str(folder),
-        *small,
-        *more,
-    ]
+def recipe(folder: Path, data: Path | str, *more: str, small: Sequence[str] = tuple(SMALL)) -> list[str]:
+    """The tiny recipe and the words that train it."""
+    words = ["--ds_config", "ds_configs/zero2.json", "--data", str(data), "--output", str(folder)]
+    return ["recipes/t4_moe.py", *words, *small, *more]
+
+
+def deepspeed(folder: Path, data: Path | str, *more: str, ranks: int = 2) -> list[str]:
+    """The words that train the tiny recipe with the deepspeed launcher, which takes seconds by itself."""
+    return ["deepspeed", "--master_port", str(free_port()), "--num_gpus", str(ranks), *recipe(folder, data, *more)]
+
+
+def train(*words: str, ranks: int = 2, timeout: float = 180) -> subprocess.CompletedProcess[str]:
+    """Run `recipe(...)` as ranks without a launcher; the result has the first failure's exit code and all outputs."""
+    program, *more = words
+    done = run_ranks(program, ranks, *more, timeout=timeout)
+    code = next((process.returncode for process in done if process.returncode > 0), done[0].returncode)
+    return subprocess.CompletedProcess(words, code, "".join(process.stdout for process in done))
 
 
 @pytest.fixture(scope="session")

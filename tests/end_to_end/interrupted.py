@@ -1,7 +1,8 @@
 """A recipe of which one rank gets a stop signal in the middle of a step, and again while it saves; or a full disk.
 
 The environment says which rank (FAULT_RANK), in which step or in the save of which step (FAULT_STEP), and which signal
-(FAULT, such as SIGTERM) or DISK_FULL. The rank's own children get a signal too, as they do from a launcher.
+(FAULT, such as SIGTERM) or DISK_FULL. The rank's own children get a signal too, as they do from a launcher. SIGINT
+comes as Ctrl-C in a terminal: once, to the launcher and all processes of its group.
 """
 
 import errno
@@ -25,7 +26,10 @@ COPY_DELAY_SECONDS = 1.0
 
 
 def send(number: signal.Signals) -> None:
-    """Signal this process and all that it has started."""
+    """Signal this process and all that it has started; for SIGINT, what the terminal does."""
+    if number == signal.SIGINT:
+        os.killpg(os.getpgid(os.getppid()), number)
+        return
     for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
         process.send_signal(number)
 
@@ -43,7 +47,8 @@ def arm(number: signal.Signals, step: int) -> None:
 
     def interrupted_write(*words: Any) -> Any:
         for again in sent:
-            send(again)
+            if again != signal.SIGINT:
+                send(again)
         return write(*words)
 
     Engine._update, store.write_tensors = interrupted_update, interrupted_write  # type: ignore[method-assign]

@@ -7,19 +7,19 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoint.test_foreign import LAYOUTS, write
-from tests.end_to_end.conftest import SMALL, command, deepspeed, python
+from tests.end_to_end.conftest import SMALL, command, python, recipe, train
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, dataset) -> Path:
     """Six steps of two ranks with a checkpoint at each; multiples of 2 stay beside the last."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    words = deepspeed(
+    words = recipe(
         folder, dataset, "--stop_at_step", "5", "--checkpoint.keep_last", "1", "--checkpoint.keep_every", "2"
     )
     words[words.index("--checkpoint.every_steps") + 1] = "1"
     words[words.index("--validate_every_steps") + 1] = "0"
-    done = command(*words)
+    done = train(*words)
     assert done.returncode == 0, done.stdout[-4000:]
     return folder
 

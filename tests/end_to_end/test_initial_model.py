@@ -10,7 +10,7 @@ from mosaic_dist.convert import load_exported
 from mosaic_dist.data.stream import Loader
 from mosaic_dist.run_spec import Run
 from mosaic_dist.train.metrics import read_metrics
-from tests.end_to_end.conftest import SMALL, command, deepspeed, python
+from tests.end_to_end.conftest import SMALL, command, python, recipe, train
 
 STARTS = "starting from the weights in"
 
@@ -44,16 +44,16 @@ def test_ranks_start_from_it_and_go_on_without_it(exported, dataset, tmp_path):
     """Two ranks with expert parallelism and ZeRO-3; the folder of the weights is gone before the second start."""
     folder, model = tmp_path / "run", tmp_path / "model"
     shutil.copytree(exported, model)
-    words = deepspeed(folder, dataset, "--initial_model", str(model), "--seed", "7")
+    words = recipe(folder, dataset, "--initial_model", str(model), "--seed", "7")
     words[words.index("ds_configs/zero2.json")] = "ds_configs/zero3.json"
-    done = command(*words, "--stop_at_step", "2")
+    done = train(*words, "--stop_at_step", "2")
     assert done.returncode == 0, done.stdout[-4000:]
     assert done.stdout.count(f"{STARTS} {model}") == 1
     assert "expert parallel 2, ZeRO 3" in done.stdout
     assert losses(folder)[0] == pytest.approx(first_loss(folder, model), abs=1e-5)
     assert losses(folder)[0] < 6.15  # a fresh model has ln 512 = 6.24
     shutil.rmtree(model)
-    done = command(*words, "--stop_at_step", "3")
+    done = train(*words, "--stop_at_step", "3")
     assert done.returncode == 0, done.stdout[-4000:]
     assert STARTS not in done.stdout
     assert len(losses(folder)) == 3

@@ -42,14 +42,14 @@ def check_stopped(folder: Path, step: int, output: str) -> None:
 
 
 def test_signals_lose_nothing(dataset, tmp_path, monkeypatch):
-    """Saved in the background and interrupted twice, against one pass that saves in the foreground."""
+    """Saved in the background and interrupted three times, against one pass that saves in the foreground."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert command(*deepspeed(whole, dataset, "--checkpoint.asynchronous", "False")).returncode == 0
-    set_fault(monkeypatch, "SIGUSR1", rank=1, step=1)
-    done = command(*with_launcher("torchrun", deepspeed(parts, dataset)))
-    assert done.returncode == 1  # torchrun's own word for any exit code that is not 0
-    assert f"exitcode  : {INTERRUPTED_EXIT_CODE}" in done.stdout, done.stdout[-4000:]
-    check_stopped(parts, 1, done.stdout)
+    for launcher, step in (("torchrun", 1), ("deepspeed", 2)):
+        set_fault(monkeypatch, "SIGINT", rank=1, step=step)
+        done = command(*with_launcher(launcher, deepspeed(parts, dataset)))
+        check_stopped(parts, step, done.stdout)
+        assert done.stdout.count("Ctrl-C: the run saves at the end of this step and stops") == 1
     set_fault(monkeypatch, "SIGTERM", rank=0, step=6)
     done = command(*with_launcher("deepspeed", deepspeed(parts, dataset)))
     assert done.returncode == INTERRUPTED_EXIT_CODE, done.stdout[-4000:]

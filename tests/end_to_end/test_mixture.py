@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from mosaic_dist.train.metrics import read_metrics
-from tests.end_to_end.conftest import command, deepspeed
+from tests.end_to_end.conftest import recipe, train
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def mixed(dataset, tmp_path) -> str:
 def test_a_mixture_is_trained_resumed_and_told(mixed, dataset, tmp_path):
     folder = tmp_path / "run"
     for ranks, more in ((2, ("--stop_at_step", "6")), (1, ())):
-        done = command(*deepspeed(folder, mixed, *more, ranks=ranks))
+        done = train(*recipe(folder, mixed, *more), ranks=ranks)
         assert done.returncode == 0, done.stdout[-4000:]
         assert "waiting for data " in done.stdout
     records = read_metrics(folder / "metrics.jsonl")
@@ -35,7 +35,7 @@ def test_a_mixture_is_trained_resumed_and_told(mixed, dataset, tmp_path):
     for record in validated:
         losses = record["validation_loss/web"], record["validation_loss/code"]
         assert losses[0] == losses[1] == pytest.approx(record["validation_loss"], rel=1e-12)
-    done = command(*deepspeed(folder, mixed.replace("0.75", "0.5"), ranks=1))
+    done = train(*recipe(folder, mixed.replace("0.75", "0.5")), ranks=1)
     assert done.returncode == 2
     assert "data.streams[0].proportion: 0.75 there, 0.5 here" in done.stdout
 
@@ -45,7 +45,7 @@ def test_a_shard_that_is_damaged_ends_all_ranks_with_its_name(mixed, tmp_path):
         content = bytearray(shard.read_bytes())
         content[-3] ^= 4
         shard.write_bytes(content)
-    done = command(*deepspeed(tmp_path / "run", mixed))
+    done = train(*recipe(tmp_path / "run", mixed))
     assert done.returncode == 2
     assert done.stdout.count("is damaged: its xxh3_64 is wrong") == 1
     assert f"error: shard {tmp_path}/code/train/shard." in done.stdout

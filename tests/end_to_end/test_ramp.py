@@ -3,7 +3,7 @@
 import pytest
 
 from mosaic_dist.checkpoint import newest
-from tests.end_to_end.conftest import command, deepspeed
+from tests.end_to_end.conftest import recipe, train
 from tests.end_to_end.test_resume import kill_at_step, story
 
 RAMP = "--steps 17 --batch_tokens 512 --batch_ramp.start_tokens 128 --batch_ramp.over_tokens 3072".split()
@@ -14,18 +14,18 @@ BATCHES = 8 * (4,) + 4 * (8,) + 3 * (12,) + 2 * (16,)
 @pytest.fixture(scope="module")
 def words(dataset):
     def words(folder, *more: str) -> list[str]:
-        return [*deepspeed(folder, dataset), *RAMP, *more]
+        return [*recipe(folder, dataset), *RAMP, *more]
 
     return words
 
 
 def test_killed_while_the_batch_grows(words, tmp_path):
     undisturbed, folder = tmp_path / "undisturbed", tmp_path / "run"
-    done = command(*words(undisturbed))
+    done = train(*words(undisturbed))
     assert done.returncode == 0, done.stdout[-4000:]
     kill_at_step(words(folder), folder, 6)
     assert newest(folder / "checkpoints").step in (4, 8, 12)
-    assert command(*words(folder)).returncode == 0
+    assert train(*words(folder)).returncode == 0
     assert story(folder) == story(undisturbed)
     assert [record["tokens"] for record in story(folder)] == [32 * sum(BATCHES[:i]) for i in range(1, 18)]
     ends = [newest(path / "checkpoints") for path in (folder, undisturbed)]
@@ -35,7 +35,7 @@ def test_killed_while_the_batch_grows(words, tmp_path):
 
 
 def test_the_dry_run_counts_tokens(words, tmp_path):
-    done = command(*words(tmp_path / "run", "--dry_run"))
+    done = train(*words(tmp_path / "run", "--dry_run"), ranks=1)
     assert (
         "ramp: the batch grows from 128 tokens by 128 at a time, and is full behind 15 steps, 3,200 tokens"
         in done.stdout

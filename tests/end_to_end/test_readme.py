@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import ROOT, clean_environment
+from tests.launch import ROOT, clean_environment, run_python
 
 COMMANDS = [
     line
@@ -23,23 +23,27 @@ DEMO = "recipes/demo.sh stdlib 6"
 def copy(tmp_path_factory) -> Path:
     """The repository without its environment, so that nothing lands in the real one."""
     folder = tmp_path_factory.mktemp("readme") / "repository"
-    kept_out = shutil.ignore_patterns(".venv", ".git", "demo", "runs", "work", "__pycache__", "*.egg-info", ".*_cache")
+    kept_out = shutil.ignore_patterns(".venv*", ".git", "demo", "runs", "work", "__pycache__", "*.egg-info", ".*_cache")
     shutil.copytree(ROOT, folder, ignore=kept_out)
     return folder
 
 
 def run(line: str, folder: Path) -> str:
-    environment = clean_environment() | {"PYTHONPATH": str(folder)}
-    done = subprocess.run(
-        shlex.split(line),
-        cwd=folder,
-        env=environment,
-        text=True,
-        timeout=400,
-        check=False,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+    """Output of a command in the copy, after making sure that it went well."""
+    first, *words = shlex.split(line)
+    if first == "python":
+        done = run_python(*words, timeout=400, root=folder)
+    else:
+        done = subprocess.run(
+            [first, *words],
+            cwd=folder,
+            env=clean_environment() | {"PYTHONPATH": str(folder)},
+            text=True,
+            timeout=400,
+            check=False,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
     assert done.returncode == 0, f"$ {line}\n{done.stdout[-4000:]}"
     return done.stdout
 

@@ -11,7 +11,7 @@ from mosaic_dist.cli import parse_words
 from mosaic_dist.convert import write_model
 from mosaic_dist.spec import override
 from recipes.t4_moe import run
-from tests.end_to_end.conftest import SMALL, command, deepspeed
+from tests.end_to_end.conftest import SMALL, command, recipe, train
 
 SECONDS = 60
 """Limit of a refusal; most of it is the start of Python on two shared cores."""
@@ -20,7 +20,7 @@ SECONDS = 60
 def refused(words: list[str], says: str, folder: Path) -> None:
     """The command ends in time with exit code 2 and exactly one message, and has made no run folder."""
     started = time.monotonic()
-    done = command(*words, timeout=SECONDS)
+    done = (command if words[0] == "python" else train)(*words, timeout=SECONDS)
     assert done.returncode == 2, done.stdout[-3000:]
     assert done.stdout.count("error: ") == 1, done.stdout[-3000:]
     assert says in done.stdout, done.stdout[-3000:]
@@ -47,7 +47,7 @@ def refused(words: list[str], says: str, folder: Path) -> None:
 )
 def test_before_any_rank_meets_another(dataset, tmp_path, more, says):
     folder = tmp_path / "run"
-    words = deepspeed(folder, dataset)
+    words = recipe(folder, dataset)
     for flag, value in zip(more[::2], more[1::2], strict=True):
         if flag in words:
             words[words.index(flag) + 1] = value
@@ -81,7 +81,7 @@ def test_in_one_process(dataset, tmp_path, more, says):
 def test_blocks_that_nothing_could_compile(dataset, tmp_path, monkeypatch):
     for variable in ("CC", "CXX"):
         monkeypatch.setenv(variable, "no-such-compiler")
-    words = deepspeed(tmp_path / "run", dataset, "--parallel.compile_blocks", "true")
+    words = recipe(tmp_path / "run", dataset, "--parallel.compile_blocks", "true")
     refused(words, "compile_blocks needs a C", tmp_path / "run")
 
 
@@ -113,7 +113,7 @@ def test_weights_that_are_damaged(dataset, weights, tmp_path):
     file = max(damaged.glob("*.safetensors"))
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 4]))
-    words = deepspeed(tmp_path / "run", dataset, "--initial_model", str(damaged))
+    words = recipe(tmp_path / "run", dataset, "--initial_model", str(damaged))
     refused(words, f"{file.name} is missing or damaged", tmp_path / "run")
 
 
@@ -145,7 +145,7 @@ def test_an_unreadable_shard_ends_all_ranks(dataset, tmp_path, harm):
         content[len(content) // 2] ^= 4
         shard.write_bytes(content)
     started = time.monotonic()
-    done = command(*deepspeed(tmp_path / "run", data), timeout=SECONDS)
+    done = train(*recipe(tmp_path / "run", data), timeout=SECONDS)
     assert done.returncode == 2, done.stdout[-3000:]
     assert done.stdout.count("error: ") == 1, done.stdout[-3000:]
     assert shard.name in done.stdout

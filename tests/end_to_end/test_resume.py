@@ -1,10 +1,6 @@
 """A run that is killed with SIGKILL between checkpoints goes on bitwise as if nothing had happened."""
 
-import contextlib
 import json
-import os
-import signal
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -13,8 +9,8 @@ import pytest
 
 from mosaic_dist.checkpoint import newest
 from mosaic_dist.train.metrics import read_metrics
-from tests.end_to_end.conftest import SMALL, command, deepspeed
-from tests.launch import ROOT, clean_environment, has_come
+from tests.end_to_end.conftest import SMALL, command, deepspeed, recipe, train
+from tests.launch import has_come, start_ranks
 
 EXACT = ("step", "tokens", "loss", "auxiliary_loss", "learning_rate", "grad_norm", "validation_loss")
 
@@ -25,21 +21,20 @@ def story(folder: Path) -> list[dict]:
 
 
 def kill_at_step(words: list[str], folder: Path, step: int) -> None:
-    """Start a run in a session of its own and kill all of its processes once it `has_come` to `step`."""
-    with tempfile.TemporaryFile("w+") as told:
-        process = subprocess.Popen(
-            words, cwd=ROOT, env=clean_environment(), start_new_session=True, stdout=told, stderr=subprocess.STDOUT
-        )
+    """Start a run on two ranks and kill both once it `has_come` to `step`."""
+    program, *more = words
+    with tempfile.TemporaryDirectory() as outputs:
+        processes = start_ranks(program, 2, *more, folder=Path(outputs))
         deadline = time.monotonic() + 120
-        while not has_come(folder, step) and process.poll() is None and time.monotonic() < deadline:
+        while not has_come(folder, step) and processes[0].poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
-        came, ended = has_come(folder, step), process.poll()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        told.seek(0)
-        assert came, f"step {step} did not come; exit code {ended}:\n{told.read()}"
-        assert ended is None, f"the run ended before it was killed, with exit code {ended}:\n{told.read()}"
+        came, ended = has_come(folder, step), processes[0].poll()
+        for process in processes:
+            process.kill()
+            process.wait()
+        told = (Path(outputs) / "0").read_text()
+        assert came, f"step {step} did not come; exit code {ended}:\n{told}"
+        assert ended is None, f"the run ended before it was killed, with exit code {ended}:\n{told}"
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +47,11 @@ def undisturbed(tmp_path_factory, dataset) -> Path:
 
 def test_kill_and_resume_is_bitwise(undisturbed, dataset, tmp_path):
     folder = tmp_path / "run"
-    words = deepspeed(folder, dataset)
+    words = recipe(folder, dataset)
     kill_at_step(words, folder, 6)  # checkpoint at 4
     assert newest(folder / "checkpoints").step in (4, 8)
     kill_at_step(words, folder, 10)  # checkpoint at 8
-    assert command(*words).returncode == 0
+    assert train(*words).returncode == 0
     assert story(folder) == story(undisturbed)
     assert [record["step"] for record in story(folder)] == list(range(1, 13))
     for one, other in zip(*(newest(f / "checkpoints").manifest["files"] for f in (folder, undisturbed)), strict=True):
@@ -84,11 +79,11 @@ def test_the_run_folder_tells_its_story(undisturbed):
 
 def test_a_finished_run_and_a_foreign_one(undisturbed, dataset):
     before = story(undisturbed)
-    again = command(*deepspeed(undisturbed, dataset))
+    again = train(*recipe(undisturbed, dataset))
     assert again.returncode == 0
     assert "nothing to do" in again.stdout
     assert story(undisturbed) == before
-    other = command(*deepspeed(undisturbed, dataset, "--seed", "5", "--model.blocks.ffn.top_k", "1"))
+    other = train(*recipe(undisturbed, dataset, "--seed", "5", "--model.blocks.ffn.top_k", "1"))
     assert other.returncode == 2
     assert other.stdout.count("holds another run") == 1
     assert "seed: 0 there, 5 here" in other.stdout
@@ -98,10 +93,10 @@ def test_a_finished_run_and_a_foreign_one(undisturbed, dataset):
 def test_another_layout_goes_on_with_the_same_losses(undisturbed, dataset, tmp_path):
     """Half on 2 ranks with expert parallelism and ZeRO-2, the rest in one process with ZeRO-3."""
     folder = tmp_path / "run"
-    assert command(*deepspeed(folder, dataset, "--stop_at_step", "6")).returncode == 0
-    words = deepspeed(folder, dataset, ranks=1)
+    assert train(*recipe(folder, dataset, "--stop_at_step", "6")).returncode == 0
+    words = recipe(folder, dataset)
     words[words.index("ds_configs/zero2.json")] = "ds_configs/zero3.json"
-    done = command(*words)
+    done = train(*words, ranks=1)
     assert done.returncode == 0, done.stdout[-4000:]
     got, expected = story(folder), story(undisturbed)
     assert got[:6] == expected[:6]
@@ -113,7 +108,7 @@ def test_another_layout_goes_on_with_the_same_losses(undisturbed, dataset, tmp_p
 def test_ranks_that_share_sequences_have_the_same_losses(undisturbed, dataset, tmp_path):
     """They read the same samples, and count and validate them once; the micro-batches are the same ones."""
     folder = tmp_path / "run"
-    done = command(*deepspeed(folder, dataset, "--parallel.sequence_parallel", "2", "--stop_at_step", "6"))
+    done = train(*recipe(folder, dataset, "--parallel.sequence_parallel", "2", "--stop_at_step", "6"))
     assert done.returncode == 0, done.stdout[-4000:]
     assert "1 groups of 2 ranks, expert parallel 2" in done.stdout
     got, expected = story(folder), story(undisturbed)[:6]

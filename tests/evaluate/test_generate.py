@@ -49,7 +49,7 @@ def test_a_prompt_ends_with_the_stop_token():
     model = make("window")
     free = [step[0] for step in generate(model, PROMPTS[:1], 12, GREEDY)]
     stop = free[4]
-    got = [step[0] for step in generate(model, PROMPTS[:1], 12, GREEDY, stop_token=stop)]
+    got = [step[0] for step in generate(model, PROMPTS[:1], 12, GREEDY, stop_tokens=[-1, stop])]
     assert got == free[: free.index(stop)]
 
 

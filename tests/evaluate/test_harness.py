@@ -58,7 +58,7 @@ def questions(sums, opened) -> list[dict]:
         choices = [str(int(row.target) + shift) for shift in (1, 2)]
         choices.insert(number % 3, row.target)
         prompt = tokenizer.encode_prompt(row.prompt)
-        said = [token for (token,) in generate(network, [prompt], 3, Sampling(temperature=0.0), tokenizer.eos_id)]
+        said = [token for (token,) in generate(network, [prompt], 3, Sampling(temperature=0.0), tokenizer.stop_ids)]
         target = "no" if number % 3 else tokenizer.decode(said).partition("=")[0]
         found.append({"prompt": row.prompt, "target": target, "choices": choices, "label": number % 3})
     return found

@@ -126,17 +126,19 @@ def test_batches_keep_every_window():
     assert sorted(rows) == sorted(expected)
 
 
-@pytest.mark.parametrize("folder", [False], indirect=True, ids=["eos"])
 def test_a_prepared_dataset_gives_the_documents_that_it_was_made_of(folder, text, tmp_path):
     words = Tokenizer.load(folder)
     longer = [*TEXTS, *(text[::-1] for text in TEXTS)]
-    info = prepare(longer, words, tmp_path / "data", 12, validation_fraction=0.0, workers=1)
-    found = [tokens.tolist() for tokens in split_at(stream(info, "train"), words.eos_id)]
+    options = {"validation_fraction": 0.0, "workers": 1, "add_bos_token": words.adds_bos}
+    info = prepare(longer, words, tmp_path / "data", 12, **options)
+    found = [tokens.tolist() for tokens in split_at(stream(info, "train"), words.eos_id, info.bos_id)]
     *whole, cut = [words.encode(text) for text in longer]
     assert found[: len(whole)] == whole
     rest = found[len(whole) :]
     assert rest in ([], [cut[: len(rest[0])]] if rest else [])
-    assert DatasetInfo.load(tmp_path / "data").split("train").dropped_tokens == len(cut) + 1 - sum(map(len, rest))
+    total = sum(len(words.encode(text)) + 1 + words.adds_bos for text in longer)
+    kept = sum(map(len, stream(info, "train")))
+    assert DatasetInfo.load(tmp_path / "data").split("train").dropped_tokens == total - kept
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": words.decode(tokens)}) + "\n" for tokens in found))
     opened = Subject(model=str(folder)).open()
@@ -148,7 +150,7 @@ def test_a_prepared_dataset_gives_the_documents_that_it_was_made_of(folder, text
     assert by_data["bytes"] == by_text["bytes"] > by_data["tokens"]
     other = Subject(model=str(folder)).open()
     other.tokenizer_path = tmp_path / "tokenizer.json"
-    tokenizer(True).save(other.tokenizer_path)
+    character_tokenizer(LETTERS[::-1]).save(other.tokenizer_path)
     with pytest.raises(UserError, match="made with tokenizer"):
         Perplexity(data=str(tmp_path / "data"), split="train").measure(other, meet())
 

@@ -32,7 +32,7 @@ from mosaic_dist.model import (
     check_compiler,
     compile_blocks,
 )
-from mosaic_dist.model.attention import blocks
+from mosaic_dist.model.attention import blocks, kernel
 
 B, T, D = 2, 12, 16
 GATED = SwiGLU(width=24)
@@ -199,6 +199,28 @@ def test_the_way_to_the_experts_stays_outside():
     counters.clear()
     train(make(model_of(SPARSE[0], SPARSE[0]), "aot_eager"), range(1))
     assert counters["stats"]["unique_graphs"] == 2 * 5  # before and after the network, weights, measures, shared
+
+
+def test_a_gpus_question_for_shared_heads_breaks_no_graph(monkeypatch):
+    """Asked here of the CPU, whose answer is no; the flash kernel of a GPU may answer yes."""
+
+    def takes_groups(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> bool:
+        return kernel.flash_shares_heads(q.device, q.dtype, q.shape[-1], dropout, q.requires_grad)
+
+    monkeypatch.setattr(kernel, "takes_groups", takes_groups)
+    assert_same(make(model_of(EQUAL), "aot_eager"), make(model_of(EQUAL), None), range(1), evaluates=False)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
+@pytest.mark.gpu
+def test_a_gpus_question_for_shared_heads_breaks_no_graph_there():
+    model = model_of(EQUAL).build_initialized(0, "cuda").bfloat16()
+    compile_blocks(model, Recompute(), "cuda", "aot_eager")
+    inputs_BT, targets_BT, _ = batch(0)
+    model(inputs_BT.cuda(), targets_BT.cuda()).cross_entropy_sum.backward()
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
 
 
 @pytest.mark.parametrize("parts", ["full", "attention", "ffn", "moe"])

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mosaic_dist.model import GQA, Block, Loss, RoPE, SwiGLU, Transformer
+from mosaic_dist.model import GQA, MHA, Block, Loss, MoESwiGLU, RoPE, SwiGLU, Transformer
+from mosaic_dist.model.moe.assignment import assign
 from tests.model.test_matrix import ATTENTIONS, FFNS, POSITIONS, REFUSED
 
 pytestmark = pytest.mark.gpu
@@ -53,6 +54,28 @@ def test_attention(attention, position):
 def test_feed_forward(ffn):
     block = Block(attention=GQA(heads=4, kv_heads=2), ffn=FFNS[ffn])
     check(Transformer(vocab=V, dim=64, context=T, position=RoPE(), blocks=2 * (block,)))
+
+
+def test_experts_of_widths_that_no_kernel_takes():
+    block = Block(attention=MHA(heads=2), ffn=MoESwiGLU(width=20, experts=4))
+    check(Transformer(vocab=V, dim=60, context=T, position=RoPE(), blocks=2 * (block,)))
+
+
+def test_experts_without_rows_have_zero_gradients():
+    """The product may leave them as it found them: here memory that held NaN."""
+    experts = SwiGLU(width=64).build_experts(64, 64, 4).to(DEVICE, torch.bfloat16)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter)
+    x_SD = torch.randn(256, 64, device=DEVICE, dtype=torch.bfloat16)
+    chosen_SK = torch.tensor([0, 2], device=DEVICE).expand(256, -1)
+    rows = assign(torch.rand(256, 2, device=DEVICE), chosen_SK, None, 4)
+    junk = [torch.full_like(experts.down.weight, torch.nan) for _ in range(64)]
+    del junk
+    experts(x_SD, rows).square().mean().backward()
+    for parameter in experts.parameters():
+        assert parameter.grad[[1, 3]].eq(0).all()
+        assert parameter.grad[[0, 2]].isfinite().all()
+        assert parameter.grad[[0, 2]].any()
 
 
 def test_a_loss_in_chunks():

@@ -3,10 +3,12 @@
 import math
 import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from mosaic_dist.model import (
     GELU,
@@ -26,6 +28,7 @@ from mosaic_dist.model import (
     Transformer,
     apply_recompute,
 )
+from mosaic_dist.model.ffn import kernel
 from mosaic_dist.model.ffn.kernel import Layer, run_grouped, run_in_turn
 from mosaic_dist.model.moe.assignment import assign
 from mosaic_dist.model.recompute import recomputed, remembered
@@ -228,6 +231,76 @@ def test_the_grouped_product_equals_one_expert_after_the_other(kind, bias, dropp
         assert one.dtype == other.dtype
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * one.abs().max().item())
     assert results[0][0].abs().sum() > 0
+
+
+def results_of(run, dim: int, width: int, dtype: torch.dtype = torch.bfloat16, shift: int = 0) -> list[Tensor]:
+    """Output and all gradients of four experts, of which expert 1 gets no rows; weights begin `shift` into a tensor."""
+    torch.manual_seed(0)
+    spec = ClampedSwiGLU(width=width, bias=True)
+    experts = randomize(spec.build_experts(dim, width, EXPERTS), std=0.5).to(dtype)
+    for stack in experts.children():
+        shared = torch.zeros(shift + stack.weight.numel(), dtype=dtype)
+        stack.weight.data = shared[shift:].copy_(stack.weight.flatten()).view_as(stack.weight)
+    rows = assign(torch.rand(20, K), torch.tensor([0, 2, 3])[torch.randint(3, (20, 1)).expand(-1, K)], None, EXPERTS)
+    x = torch.randn(20, dim).to(dtype).requires_grad_()
+    layers = [Layer(getattr(experts, name).weight, getattr(experts, name).bias) for name in spec.readers()]
+    out = run(x, rows, spec.activate, layers, Layer(experts.down.weight, experts.down.bias))
+    leaves = [x, *experts.parameters()]
+    return [out, *torch.autograd.grad((out * torch.randn(20, dim).to(dtype)).sum(), leaves)]
+
+
+@pytest.mark.parametrize(("dim", "width", "shift"), [(12, 20, 0), (8, 20, 0), (13, 8, 0), (8, 8, 4)])
+def test_the_grouped_product_takes_any_width(dim, width, shift, monkeypatch):
+    """Its kernels want rows and tensors that begin at multiples of 16 bytes; here that of CPUs asks for the rows."""
+    seen: list[int] = []
+
+    def recorded(x: Tensor, weight: Tensor, *, offs: Tensor) -> Tensor:
+        seen.extend(tensor.data_ptr() % 16 for tensor in (x, weight))
+        return grouped_mm(x, weight, offs=offs)
+
+    grouped_mm = functional.grouped_mm
+    monkeypatch.setattr(functional, "grouped_mm", recorded)
+    for one, other in zip(
+        *(results_of(run, dim, width, shift=shift) for run in (run_in_turn, run_grouped)), strict=True
+    ):
+        assert one.shape == other.shape
+        torch.testing.assert_close(one, other, rtol=0.06, atol=0.06 * one.abs().max().item())
+    assert set(seen) == {0}
+
+
+class Careless(torch.autograd.Function):
+    """A grouped product in float32 that leaves the gradients of groups without rows as they come."""
+
+    @staticmethod
+    def forward(ctx, x_RI: Tensor, weight_eIO: Tensor, ends_e: Tensor) -> Tensor:
+        ctx.save_for_backward(x_RI, weight_eIO, ends_e)
+        return functional.grouped_mm(x_RI, weight_eIO, offs=ends_e)
+
+    @staticmethod
+    def backward(ctx, grad_RO: Tensor) -> tuple[Tensor, Tensor, None]:
+        x_RI, weight_eIO, ends_e = ctx.saved_tensors
+        grad_x = functional.grouped_mm(grad_RO, weight_eIO.mT, offs=ends_e)
+        grad_weight = functional.grouped_mm(x_RI.mT, grad_RO, offs=ends_e)
+        grad_weight[ends_e.diff(prepend=ends_e.new_zeros(1)) == 0] = torch.nan
+        return grad_x, grad_weight, None
+
+
+def test_gradients_of_experts_without_rows_are_zero_where_the_product_leaves_them_unwritten(monkeypatch):
+    monkeypatch.setattr(kernel, "_leaves_gradients_unwritten", lambda device: True)
+    careless = SimpleNamespace(grouped_mm=lambda x, weight, offs: Careless.apply(x, weight, offs), pad=functional.pad)
+    monkeypatch.setattr(kernel, "functional", careless)
+    for one, other in zip(*(results_of(run, 8, 8, torch.float32) for run in (run_in_turn, run_grouped)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("capability", "is_grouped"), [((8, 0), False), ((8, 9), False), ((9, 0), True), ((10, 0), True), ((12, 0), False)]
+)
+def test_only_some_gpus_have_the_grouped_product(capability, is_grouped, monkeypatch):
+    """Elsewhere torch's own loop would let the host wait in every product."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert kernel.has_grouped_product(torch.device("cuda", 0)) == is_grouped
+    assert not kernel.has_grouped_product(torch.device("cpu"))
 
 
 def test_the_grouped_product_lets_go_of_the_tokens_it_was_given():

@@ -17,11 +17,12 @@ from mosaic_dist.model import (
     SwiGLU,
     Transformer,
 )
+from mosaic_dist.model.ffn.kernel import has_grouped_product
 from mosaic_dist.optim import AdamW
 
 T = 64
 MIXTURE = MoE(expert=SwiGLU(width=64), experts=4, top_k=2, shared_experts=1, z_weight=0.1, jitter=0.1)
-GROUPED = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+GROUPED = torch.cuda.is_available() and has_grouped_product(torch.device("cuda"))
 
 
 @pytest.mark.gpu

@@ -64,7 +64,7 @@ class Measured(NamedTuple):
 CASES = [
     *(Measured(Case(RANKS, stage, degree, 2, "fp32")) for stage in range(4) for degree in (1, 2, 4)),
     *(Measured(Case(RANKS, stage, 2, 1, "fp32")) for stage in (1, 2)),
-    *(Measured(Case(RANKS, stage, 2, 2, "bf16")) for stage in (1, 2)),
+    *(Measured(Case(RANKS, stage, 2, 2, "bf16")) for stage in (1, 2, 3)),
     *(Measured(Case(RANKS, 1, 2, 2, "fp32"), parts) for parts in ("full", "moe")),
     Measured(Case(RANKS, 3, 2, 2, "fp32"), reuse_distance=0),
     Measured(Case(RANKS, 3, 2, 2, "fp32"), persistence=300),

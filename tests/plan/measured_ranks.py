@@ -70,9 +70,10 @@ def gradients(engine: Engine) -> int:
     zero = engine.deepspeed.optimizer
     if engine.zero_stage == 3:
         return zero.grad_partitions_flat_buffer.nbytes
-    held = [weight.grad for weight in engine.model.parameters() if weight.grad is not None]
+    held = [kept for weight in engine.model.parameters() for kept in (weight.grad, getattr(weight, "grad_accum", None))]
     if engine.zero_stage == 2:
         held = [tensor for kept in (zero.all_grad_tensors, zero.averaged_gradients) for tensor in tree_leaves(kept)]
+        held = [getattr(kept, "flat_partition", kept) for kept in held]  # of sums in float32
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held if tensor is not None
     }

@@ -62,7 +62,10 @@ def test_preemption_and_time_limit(undisturbed, job):
 
 
 def test_power_loss_and_a_cut_cable(undisturbed, job):
-    """The node with the batch shell loses its power; later another one its network. SLURM starts the job again."""
+    """The node with the batch shell and rank 0 loses its power; later the next such node its network.
+
+    SLURM starts the job again. The ranks on the node without a network still hold the run folder, which they reach.
+    """
     cluster = job.cluster
     job.hold(6)
     job.submit()
@@ -76,12 +79,15 @@ def test_power_loss_and_a_cut_cable(undisturbed, job):
     assert cluster.job(job.number)["NodeList"] == "node[2-3]"
     cluster.power_on("node1")
     wait_until(lambda: cluster.idle() == ["node1"], 60, "node1")
-    cluster.cut("node3")
+    cluster.cut("node2")
     job.wait_for_restart(2)
     job.hold(0)
     job.wait_for_end()
     assert "start 3, from step 8, 0 failures there" in job.log()
-    assert cluster.job(job.number)["NodeList"] == "node[1-2]"
+    assert cluster.job(job.number)["NodeList"] == "node[1,3]"
     assert story(job.output) == story(undisturbed.output)
-    cluster.mend("node3")
+    (agent,) = (job.output / "slurm" / f"{job.number}.2").glob("node_*_node2.log")
+    assert "[agent of node2] a newer start of this job runs elsewhere" in agent.read_text()
+    cluster.mend("node2")
     wait_until(lambda: cluster.idle() == cluster.names, 60, "all nodes")
+    assert job.state() == "COMPLETED"

@@ -33,11 +33,11 @@ while True:
 """
 
 
-def submit(job: Job, program: str, *words: str, **settings: str) -> None:
+def submit(job: Job, program: str, *options: str, **settings: str) -> None:
     """Hand in a job of two ranks on each of two nodes that run this program."""
     path = job.folder / "program.py"
     path.write_text(program)
-    job.submit(*words, options=("--gpus-per-node=2",), RECIPE=str(path), LEAVE_SECONDS="2", **settings)
+    job.submit(options=("--gpus-per-node=2", *options), RECIPE=str(path), LEAVE_SECONDS="2", **settings)
 
 
 def wait_for(job: Job, state: str) -> None:
@@ -78,11 +78,22 @@ def test_a_signal_starts_the_job_again_but_cancelling_does_not(job):
     job.cluster.run("scancel", "--batch", "--signal=USR1", job.number)
     job.wait_for_restart(1)
     wait_until(lambda: is_listening(2), 60, "the second start")
-    assert "saved: step 0" in job.log()
+    assert re.search(r"told to stop \d+ s after the start, before it had saved a step", job.log())
     job.cluster.run("scancel", job.number)
     wait_for(job, "CANCELLED")
+    assert "time limit" not in job.log().partition("requeued")[2]
     assert job.log().count("requeued") == 1
     assert job.cluster.job(job.number)["Restarts"] == "1"
+
+
+def test_a_time_limit_shorter_than_the_lead_of_the_signal(job):
+    """SLURM tells every start to stop at once. It was requeued for ever."""
+    submit(job, SAVES, "--time=1", "--signal=B:USR1@120", MAX_FAILURES="1")
+    wait_for(job, "FAILED")
+    told = job.log()
+    assert "the time limit (00:01:00) is shorter than the lead of --signal" in told, told
+    assert "1 starts in a row have failed after step 0" in told
+    assert job.cluster.job(job.number)["Restarts"] == "0"
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -12,7 +12,7 @@ def test_a_start_that_ended_before_it_told_is_no_obstacle(tmp_path):
     (folder.path / "slurm" / "7.1").mkdir(parents=True)
     (folder.path / ".doctor").mkdir()
     folder.claim(run)
-    folder._lock_file.close()
+    folder.lock._file.close()
     (folder.path / ".run.yaml.123.tmp").write_text("na")
     RunFolder(folder.path).claim(run)
 

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from mosaic_dist.convert import load_exported
 from mosaic_dist.convert.hugging_face import spec_from_config
+from mosaic_dist.convert.writing import write_checksums
 from mosaic_dist.data.characters import character_tokenizer
 from mosaic_dist.errors import UserError
 from mosaic_dist.model import Init, materialize
@@ -105,7 +106,7 @@ def test_ranks_start_from_a_model_of_transformers(told):
 
 
 def test_damage_that_one_rank_finds_is_told_by_all(told):
-    assert ".safetensors is missing or damaged: its checksum is not the one written at export" in told["damaged"]
+    assert ".safetensors is damaged, or was changed after the export: its" in told["damaged"]
 
 
 @pytest.mark.parametrize("name", ["mixtral", "llama-options"])
@@ -175,6 +176,9 @@ def broken(folder: Path, copy: Path, harm: str) -> None:
         last.unlink()
     elif harm == "missing":
         del document["weight_map"]["norm.weight"]
+    elif harm == "moved":
+        first, *_, last = sorted(set(document["weight_map"].values()))
+        document["weight_map"]["norm.weight"] = first if document["weight_map"]["norm.weight"] == last else last
     elif harm == "extra":
         document["weight_map"]["norm.bias"] = document["weight_map"]["norm.weight"]
     index.write_text(json.dumps(document))
@@ -186,6 +190,8 @@ def broken(folder: Path, copy: Path, harm: str) -> None:
         (copy / "config.json").unlink()
     elif harm == "tokenizer":
         character_tokenizer("0123456789").save(copy / "tokenizer.json")
+        (copy / "checksums.json").unlink()
+        write_checksums(copy)
 
 
 @pytest.mark.parametrize(
@@ -193,6 +199,7 @@ def broken(folder: Path, copy: Path, harm: str) -> None:
     [
         ("missing", r"missing norm\.weight; extra none"),
         ("extra", r"missing none; extra norm\.bias"),
+        ("moved", r"safetensors is missing or damaged: .*norm\.weight"),
         ("header", r"safetensors is missing or damaged: .*header"),
         ("file", "safetensors is missing or damaged: No such file"),
         ("version", "has format version 99, this version of mosaic_dist reads 1"),
@@ -203,8 +210,10 @@ def broken(folder: Path, copy: Path, harm: str) -> None:
 )
 def test_a_folder_that_is_not_whole_is_refused(folder, tmp_path, harm, says):
     broken(folder, tmp_path / "copy", harm)
+    character_tokenizer("abc").save(tmp_path / "tokenizer.json")
+    info = SimpleNamespace(**vars(INFO), tokenizer_path=tmp_path / "tokenizer.json")
     with pytest.raises(UserError, match=says):
-        open_initial(asking(tmp_path / "copy"), INFO, NO_CHECKPOINTS)
+        open_initial(asking(tmp_path / "copy"), info, NO_CHECKPOINTS)
 
 
 def test_a_file_without_a_checksum_is_not_proven(folder, tmp_path):
@@ -214,5 +223,5 @@ def test_a_file_without_a_checksum_is_not_proven(folder, tmp_path):
     sums = json.loads((copy / "checksums.json").read_text())
     del sums[file]
     (copy / "checksums.json").write_text(json.dumps(sums))
-    with pytest.raises(UserError, match=f"{file} is missing or damaged"):
+    with pytest.raises(UserError, match=rf"checksums\.json does not list {file}"):
         open_initial(asking(copy), INFO, NO_CHECKPOINTS).verify(0, 1)

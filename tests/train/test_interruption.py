@@ -3,6 +3,7 @@ import sys
 
 import pytest
 
+from mosaic_dist.cli import CTRL_C_EXIT_CODE
 from mosaic_dist.train import interruption
 from mosaic_dist.train.interruption import (
     FAILED_ELSEWHERE_EXIT_CODE,
@@ -38,24 +39,35 @@ def test_no_deadline():
 
 PROGRAM = """
 import signal, sys, threading, time
+from mosaic_dist.cli import CTRL_C_EXIT_CODE
 from mosaic_dist.train import interruption
 interruption.some_rank_failed = lambda: sys.argv[1] == "failed"
 interruption.dist.is_initialized = lambda: sys.argv[1] != "alone"
+interruption.AGAIN_SECONDS = 0.5
 signals = interruption.StopSignals()
-threading.Timer(0.1, lambda: signal.raise_signal(signal.SIGTERM)).start()
 lock = threading.Lock()
 lock.acquire()
-lock.acquire(timeout=3)  # runs no Python on the main thread, as a collective
+for word in sys.argv[2:]:
+    threading.Timer(0.1, lambda: signal.raise_signal(signal.Signals[word])).start()
+    lock.acquire(timeout=0.3 if word == "SIGINT" else 1.2)  # runs no Python on the main thread, as a collective
 print(signals.received)
 """
 
 
 @pytest.mark.parametrize(
-    ("others", "code", "told"),
-    [("alone", INTERRUPTED_EXIT_CODE, ""), ("failed", FAILED_ELSEWHERE_EXIT_CODE, ""), ("well", 0, "SIGTERM\n")],
+    ("others", "sent", "code", "told"),
+    [
+        ("alone", ["SIGTERM"], INTERRUPTED_EXIT_CODE, ""),
+        ("alone", ["SIGINT"], INTERRUPTED_EXIT_CODE, ""),
+        ("failed", ["SIGTERM"], FAILED_ELSEWHERE_EXIT_CODE, ""),
+        ("well", ["SIGUSR1", "SIGTERM"], 0, "SIGUSR1\n"),
+        ("well", ["SIGINT", "SIGINT", "SIGTERM"], 0, "SIGINT\n"),
+        ("well", ["SIGINT", "SIGTERM", "SIGINT"], CTRL_C_EXIT_CODE, ""),
+    ],
 )
-def test_a_signal_ends_at_once_what_waits_for_a_failed_rank(others, code, told):
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, others], capture_output=True, text=True, timeout=60, check=False
-    )
+def test_signals(others, sent, code, told):
+    """The first is remembered, unless no rank is there to save with; only a late second Ctrl-C ends the process."""
+    words = [sys.executable, "-c", PROGRAM, others, *sent]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (code, told), done.stderr
+    assert done.stderr.count("Ctrl-C: the run saves") == (others == "well" and "SIGINT" in sent)

@@ -1,6 +1,7 @@
 """A rank that hangs is named, with its host, its phase and where it is, and the job ends."""
 
 import re
+import signal
 import socket
 import subprocess
 from dataclasses import replace
@@ -11,7 +12,7 @@ import pytest
 from mosaic_dist.data.prepare import prepare
 from mosaic_dist.data.tokenizer import train_bpe
 from mosaic_dist.parallel import Parallel
-from mosaic_dist.train.watch import Sign, accused
+from mosaic_dist.train.watch import HUNG_EXIT_CODE, Sign, accused
 from tests.data.conftest import make_documents
 from tests.launch import check, run_ranks
 from tests.train.hanging_run import LIMIT_SECONDS
@@ -45,15 +46,27 @@ def test_a_run_of_which_a_rank_gets_no_data(tmp_path):
 @pytest.mark.parametrize("hang", ["lock", "gone"])
 def test_a_rank_that_cannot_speak(tmp_path, hang):
     """It hangs outside Python, with the lock that Python's threads need, or as a whole."""
-    done = run_ranks("tests.train.watch_ranks", 2, hang, str(LIMIT_SECONDS), str(tmp_path))
+    done = run_ranks("tests.train.watch_ranks", 2, hang, str(LIMIT_SECONDS), str(tmp_path), "1")
     place, stacks = check_told(done, tmp_path)
     assert place.startswith(f"rank 1 on {HOST}, step ")
     assert "no longer heard of: its node or network is lost, or it hangs outside Python" in place
     assert ("in fetch" in stacks["rank_00001"]) == (hang == "lock")
 
 
+def test_rank_0_is_stopped(tmp_path):
+    """With it stops the store in which the others would look for who hangs: no call to it returns."""
+    stopped, waiting = run_ranks("tests.train.watch_ranks", 2, "gone", str(LIMIT_SECONDS), str(tmp_path), "0")
+    assert (stopped.returncode, waiting.returncode) == (-signal.SIGKILL, HUNG_EXIT_CODE)
+    found = re.search(
+        r"step 3: for (\d+) s in 'update', and rank 0 does not answer: its process is stopped", waiting.stdout
+    )
+    assert found, waiting.stdout
+    assert LIMIT_SECONDS <= int(found[1]) <= LIMIT_SECONDS + 20
+    assert "all_reduce" in (tmp_path / "stacks" / "rank_00001.txt").read_text()
+
+
 def test_nothing_is_left_of_a_run_that_went_well(tmp_path):
-    check(run_ranks("tests.train.watch_ranks", 2, "never", "3600", str(tmp_path)))
+    check(run_ranks("tests.train.watch_ranks", 2, "never", "3600", str(tmp_path), "1"))
     assert list((tmp_path / "stacks").iterdir()) == []
 
 

@@ -1,4 +1,7 @@
-"""Ranks that take steps under a watch, until rank 1 hangs in the data of the third one; test_watch starts them."""
+"""Ranks that take steps under a watch, until one hangs in the data of the third one; test_watch starts them.
+
+The words: how it hangs, the limit in seconds, the folder, and which rank it is.
+"""
 
 import ctypes
 import os
@@ -22,7 +25,7 @@ HANGS = {
 
 def fetch(step: int) -> None:
     """Get the data of a step."""
-    if step == 3 and dist.get_rank() == 1:
+    if step == 3 and dist.get_rank() == int(sys.argv[4]):
         HANGS[sys.argv[1]]()
 
 

@@ -8,18 +8,19 @@ from torch import Tensor
 
 from mosaic_dist.convert.hugging_face import deepseek_v3, gpt2, gpt_oss, llama, mixtral, qwen3_moe, standalone
 from mosaic_dist.convert.hugging_face.rules import Rule, to_ours, to_theirs
-from mosaic_dist.convert.hugging_face.settings import Settings
+from mosaic_dist.convert.hugging_face.settings import NOTHING_KNOWN, Known, Settings
 from mosaic_dist.convert.hugging_face.twin import Misfit, canonical, first_difference
 from mosaic_dist.convert.native import expected_shapes
 from mosaic_dist.errors import UserError
 from mosaic_dist.model import Tied, Transformer
-from mosaic_dist.spec import SpecError, nearest
+from mosaic_dist.spec import SpecError
 
 
 class Architecture(NamedTuple):
-    """One of transformers' model types. A new one is one file with these three functions, and one line below."""
+    """One of transformers' model types. A new one is one file with what is named here, and one line below."""
 
     class_name: str
+    known: Known
     read: Callable[[Settings], Transformer]
     write: Callable[[Transformer], dict[str, Any]]
     """From the canonical spec. It may leave out what the architecture lacks: `config_from_spec` reads it back."""
@@ -27,16 +28,19 @@ class Architecture(NamedTuple):
 
 
 ARCHITECTURES = {
-    "gpt2": Architecture("GPT2LMHeadModel", gpt2.read, gpt2.write, gpt2.rules),
-    "llama": Architecture("LlamaForCausalLM", llama.read, llama.write, llama.rules),
-    "mixtral": Architecture("MixtralForCausalLM", mixtral.read, mixtral.write, mixtral.rules),
-    "qwen3_moe": Architecture("Qwen3MoeForCausalLM", qwen3_moe.read, qwen3_moe.write, qwen3_moe.rules),
-    "gpt_oss": Architecture("GptOssForCausalLM", gpt_oss.read, gpt_oss.write, gpt_oss.rules),
-    "deepseek_v3": Architecture("DeepseekV3ForCausalLM", deepseek_v3.read, deepseek_v3.write, deepseek_v3.rules),
+    name: Architecture(class_name, module.KNOWN, module.read, module.write, module.rules)
+    for name, class_name, module in (
+        ("gpt2", "GPT2LMHeadModel", gpt2),
+        ("llama", "LlamaForCausalLM", llama),
+        ("mixtral", "MixtralForCausalLM", mixtral),
+        ("qwen3_moe", "Qwen3MoeForCausalLM", qwen3_moe),
+        ("gpt_oss", "GptOssForCausalLM", gpt_oss),
+        ("deepseek_v3", "DeepseekV3ForCausalLM", deepseek_v3),
+    )
 }
 """Those whose code is transformers' own, in the order in which they are tried."""
 
-STANDALONE = Architecture(standalone.CLASS_NAME, standalone.read, standalone.write, standalone.rules)
+STANDALONE = Architecture(standalone.CLASS_NAME, NOTHING_KNOWN, standalone.read, standalone.write, standalone.rules)
 """Any model, with its own code."""
 
 GPT2_MASKS = (".attn.bias", ".attn.masked_bias")
@@ -46,10 +50,11 @@ GPT2_MASKS = (".attn.bias", ".attn.masked_bias")
 def spec_from_config(config: dict[str, Any]) -> Transformer:
     """The model that a config.json describes; UserError for a model type or a setting that we cannot represent.
 
-    Dropout, initial values and the factors of auxiliary losses are the training's and are not carried over.
+    An absent key stands for the architecture's default. Settings without effect are warned about. Dropout, initial
+    values and the factors of auxiliary losses are the training's and are not carried over.
     """
     architecture = _architecture(config)
-    settings = Settings(config)
+    settings = Settings(config, architecture.known)
     try:
         spec = architecture.read(settings)
         settings.finish()
@@ -90,6 +95,15 @@ def config_for(spec: Transformer) -> dict[str, Any]:
         return STANDALONE.write(spec)
 
 
+def why_no_architecture(spec: Transformer) -> str:
+    """For a model that `config_for` gives its own code: the part that does not fit, of each architecture."""
+    try:
+        config_from_spec(spec)
+    except Misfit as misfit:
+        return str(misfit)
+    raise AssertionError("an architecture computes this model")
+
+
 def weights_to_ours(config: dict[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Hugging Face's tensors as ours, in the dtype that they have; memory is bounded by one layer's stack of experts.
 
@@ -117,18 +131,20 @@ def _architecture(config: dict[str, Any]) -> Architecture:
     model_type = str(config.get("model_type"))
     known = ARCHITECTURES | {standalone.MODEL_TYPE: STANDALONE}
     if model_type not in known:
-        raise UserError(
-            f"config.json: no model_type {model_type!r} can be converted; {nearest(model_type, list(known))}"
+        raise UserError(  # without the nearest name, which would be another architecture's
+            f"config.json: no model_type {model_type!r} can be converted; only {', '.join(sorted(known))}"
         )
     return known[model_type]
 
 
 class _Usable(Mapping[str, Tensor]):
-    """Tensors of a checkpoint under the names that the rules know, without those that repeat others."""
+    """Tensors of a checkpoint under the names that the rules know, without those that the model does not have."""
 
     def __init__(self, config: dict[str, Any], spec: Transformer, tensors: Mapping[str, Tensor]):
         self.tensors = tensors
         self.names = {name: name for name in tensors if not name.endswith("rotary_emb.inv_freq")}
+        if config["model_type"] == "deepseek_v3":
+            self.names = {name: name for name in self.names if not deepseek_v3.is_prediction_layer(name, config)}
         embedding = "model.embed_tokens.weight"
         if config["model_type"] == "gpt2":
             embedding = "transformer.wte.weight"

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mosaic_dist.convert.hugging_face.rules import STACKED, Rule, same
-from mosaic_dist.convert.hugging_face.settings import Settings
+from mosaic_dist.convert.hugging_face.settings import Known, Settings
 from mosaic_dist.convert.hugging_face.twin import Misfit, need
 from mosaic_dist.errors import UserError
 from mosaic_dist.model import (
@@ -23,6 +23,17 @@ from mosaic_dist.model import (
 )
 from mosaic_dist.model.position.rope import Scaling
 
+DEFAULTS = {
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "head_dim": None,  # hidden_size / num_attention_heads
+    "num_key_value_heads": None,  # num_attention_heads
+    "rope_theta": 10_000.0,
+    "rope_scaling": None,
+    "rope_parameters": None,
+}
+"""What absent keys stand for in most of these architectures; each adds its own sizes and what differs."""
+
 
 def read_frame(settings: Settings) -> dict[str, Any]:
     """Fields of `Transformer` around the blocks, without the position."""
@@ -32,7 +43,7 @@ def read_frame(settings: Settings) -> dict[str, Any]:
         "dim": settings.take("hidden_size"),
         "context": settings.take("max_position_embeddings"),
         "norm": RMSNorm(eps=settings.take("rms_norm_eps")),
-        "head": Tied() if settings.take("tie_word_embeddings", False) else Untied(),
+        "head": Tied() if settings.take("tie_word_embeddings") else Untied(),
     }
 
 
@@ -52,8 +63,8 @@ def write_frame(spec: Transformer) -> dict[str, Any]:
 def read_attention(settings: Settings, **more: Any) -> GQA:
     """Heads of the usual names. `more` are further fields."""
     heads = settings.count("num_attention_heads")
-    width = settings.take("head_dim", None) or settings.count("hidden_size") // heads
-    return GQA(heads=heads, kv_heads=settings.take("num_key_value_heads", None) or heads, head_width=width, **more)
+    width = settings.take("head_dim") or settings.count("hidden_size") // heads
+    return GQA(heads=heads, kv_heads=settings.take("num_key_value_heads") or heads, head_width=width, **more)
 
 
 def write_attention(attention: GQA) -> dict[str, Any]:
@@ -68,37 +79,79 @@ def write_attention(attention: GQA) -> dict[str, Any]:
 # --- rotary positions ---------------------------------------------------------------------------------------------
 
 
-def read_rope(settings: Settings, base: float, kind: type[RoPE] = RoPE, **more: Any) -> RoPE:
-    """`rope_theta` (default: `base`) and `rope_scaling`."""
-    scaling = settings.part("rope_scaling")
-    return kind(
-        base=settings.take("rope_theta", base),
-        scaling=None if scaling is None else _read_scaling(scaling, settings.take("max_position_embeddings")),
-        **more,
-    )
+ROPE = Known(
+    {
+        "original_max_position_embeddings": None,  # max_position_embeddings
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": True,
+        "attention_factor": None,
+        "mscale": 0.0,
+        "mscale_all_dim": 0.0,
+    }
+)
+"""What absent keys of the rotary settings stand for."""
 
 
-def _read_scaling(settings: Settings, context: int) -> Scaling | None:
-    legacy = settings.take("type", "default")
-    kind = str(settings.take("rope_type", legacy))
-    if kind not in READERS:
-        raise UserError(f"{settings.where}: type {kind!r} cannot be represented here; only {', '.join(READERS)}")
-    scaling = READERS[kind](settings, context)
-    settings.finish()
-    return scaling
+def rope_settings(settings: Settings, when_null: dict[str, Any] | None = None) -> Settings:
+    """The rotary settings in the form of transformers 5, whichever form they have. UserError if both differ.
+
+    transformers 4 keeps `rope_theta` beside a `rope_scaling`, 5 all of it in `rope_parameters`. `when_null` is what a
+    `rope_scaling` of null stands for.
+    """
+    theta, scaling = settings.take("rope_theta"), settings.mapping("rope_scaling")
+    if scaling and scaling.get("rope_theta", theta) != theta:
+        raise UserError(
+            f"{settings.where}: rope_theta is {theta!r}, and {scaling['rope_theta']!r} in rope_scaling, which only "
+            "transformers 5 reads there; remove the wrong one"
+        )
+    old = {"rope_theta": theta, **_typed(when_null if scaling is None else scaling, settings.where)}
+    new = settings.mapping("rope_parameters")
+    if new is None:
+        return Settings(old, ROPE, f"{settings.where}, rope_scaling")
+    new = {"rope_theta": theta, **_typed(new, settings.where)}
+    if settings.values.get("rope_scaling") is not None:
+        differ = old != new
+    else:
+        differ = settings.values.get("rope_theta", new["rope_theta"]) != new["rope_theta"]
+    if differ:
+        raise UserError(
+            f"{settings.where}: transformers 5 reads rope_parameters, {new!r}, and transformers 4 reads rope_theta and "
+            f"rope_scaling, {old!r}, which is another model; remove the wrong ones"
+        )
+    return Settings(new, ROPE, f"{settings.where}, rope_parameters")
+
+
+def _typed(values: dict[str, Any] | None, where: str) -> dict[str, Any]:
+    """With the kind under one name: older files have `type` instead of `rope_type`, or both."""
+    values = values or {}
+    kinds = [values[key] for key in ("rope_type", "type") if values.get(key) is not None] or ["default"]
+    if kinds[0] != kinds[-1]:
+        raise UserError(f"{where}: rope_type = {kinds[0]!r} and type = {kinds[-1]!r} differ; remove the wrong one")
+    return {key: value for key, value in values.items() if key != "type"} | {"rope_type": kinds[0]}
+
+
+def read_rope(rope: Settings, context: int, kind: type[RoPE] = RoPE, **more: Any) -> RoPE:
+    """The position that `rope_settings` describe, of a model for `context` tokens."""
+    name = str(rope.take("rope_type"))
+    if name not in READERS:
+        raise UserError(f"{rope.where}: type {name!r} cannot be represented here; only {', '.join(READERS)}")
+    position = kind(base=rope.take("rope_theta"), scaling=READERS[name](rope, context), **more)
+    rope.finish()
+    return position
 
 
 def _read_yarn(settings: Settings, context: int) -> YaRN:
-    factor, magnitude = settings.number("factor"), settings.take("attention_factor", None)
-    mscale, mscale_all_dim = settings.number("mscale", 0.0), settings.number("mscale_all_dim", 0.0)
+    factor, magnitude = settings.number("factor"), settings.take("attention_factor")
+    mscale, mscale_all_dim = settings.number("mscale"), settings.number("mscale_all_dim")
     if magnitude is None and mscale and mscale_all_dim:
         magnitude = yarn_magnitude(factor, mscale) / yarn_magnitude(factor, mscale_all_dim)
     return YaRN(
         factor=factor,
-        original_context=settings.take("original_max_position_embeddings", None) or context,
-        beta_fast=settings.take("beta_fast", None) or 32.0,
-        beta_slow=settings.take("beta_slow", None) or 1.0,
-        truncate=settings.take("truncate", True),
+        original_context=settings.take("original_max_position_embeddings") or context,
+        beta_fast=settings.take("beta_fast") or 32.0,
+        beta_slow=settings.take("beta_slow") or 1.0,
+        truncate=settings.take("truncate"),
         attention_factor=magnitude,
     )
 
@@ -111,7 +164,7 @@ def yarn_magnitude(factor: float, mscale: float) -> float:
 def _read_llama3(settings: Settings, context: int) -> Llama3Scaling:
     return Llama3Scaling(
         factor=settings.take("factor"),
-        original_context=settings.take("original_max_position_embeddings"),
+        original_context=settings.take("original_max_position_embeddings") or context,
         low_frequency_factor=settings.take("low_freq_factor"),
         high_frequency_factor=settings.take("high_freq_factor"),
     )
@@ -125,10 +178,15 @@ READERS = {
 }
 
 
-def write_rope(position: Position) -> dict[str, Any]:
-    """The inverse of `read_rope`."""
+def write_rope(position: Position, **more: Any) -> dict[str, Any]:
+    """The inverse, in both forms: transformers 5 reads either, 4 the first. `more` goes beside a scaling's settings."""
     rope = need(position, RoPE, "position")
-    return {"rope_theta": rope.base, "rope_scaling": None if rope.scaling is None else _write_scaling(rope.scaling)}
+    scaling = None if rope.scaling is None else _write_scaling(rope.scaling) | more
+    return {
+        "rope_theta": rope.base,
+        "rope_scaling": scaling,
+        "rope_parameters": {"rope_theta": rope.base, **(scaling or {"rope_type": "default"})},
+    }
 
 
 def _write_scaling(scaling: Scaling) -> dict[str, Any]:

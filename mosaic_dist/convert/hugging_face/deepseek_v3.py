@@ -1,14 +1,46 @@
 """DeepSeek-V3 (arXiv 2412.19437): latent attention, a few dense layers, then fine-grained and shared experts."""
 
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
 from mosaic_dist.convert.hugging_face import common
 from mosaic_dist.convert.hugging_face.rules import AS_IS, Layout, Rule, neighbour_pairs, same
-from mosaic_dist.convert.hugging_face.settings import Settings
+from mosaic_dist.convert.hugging_face.settings import Known, Settings
 from mosaic_dist.convert.hugging_face.twin import canonical, mixtures, need
 from mosaic_dist.model import MLA, Block, DecoupledRoPE, MoE, SigmoidTopK, SwiGLU, Transformer, YaRN
+
+KNOWN = Known(
+    common.DEFAULTS
+    | {
+        "vocab_size": 129_280,
+        "hidden_size": 7168,
+        "intermediate_size": 18_432,
+        "moe_intermediate_size": 2048,
+        "num_hidden_layers": 61,
+        "num_attention_heads": 128,
+        "num_key_value_heads": 128,
+        "attention_bias": False,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-6,
+        "kv_lora_rank": 512,
+        "q_lora_rank": 1536,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "rope_interleave": True,
+        "first_k_dense_replace": 3,
+        "n_routed_experts": 256,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 8,
+        "n_group": 8,
+        "topk_group": 4,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+    },
+    {"num_nextn_predict_layers": range(1, 100)},
+)
 
 
 def read(settings: Settings) -> Transformer:
@@ -17,26 +49,29 @@ def read(settings: Settings) -> Transformer:
     settings.expect("scoring_func", "sigmoid")
     settings.expect("topk_method", "noaux_tc")
     settings.expect("moe_layer_freq", 1)
-    settings.expect("num_nextn_predict_layers", 0)
-    settings.expect("num_key_value_heads", settings.take("num_attention_heads"))
     settings.expect("ep_size", 1)
-    # these follow from others, are the tensor map's, or belong to the training
-    settings.skip("head_dim", "qk_head_dim", "rope_interleave", "pretraining_tp", "aux_loss_alpha", "seq_aux")
+    settings.skip("pretraining_tp", "aux_loss_alpha", "seq_aux")  # the training's
+    settings.skip("rope_interleave")  # the tensor map's
+    heads, rope = settings.count("num_attention_heads"), common.rope_settings(settings)
+    plain, rotary = settings.count("qk_nope_head_dim"), settings.count("qk_rope_head_dim")
+    for key, value in {"num_key_value_heads": heads, "head_dim": rotary, "qk_head_dim": plain + rotary}.items():
+        settings.expect(key, value, None)
     attention = MLA(
-        heads=settings.take("num_attention_heads"),
+        heads=heads,
         kv_compression_dim=settings.take("kv_lora_rank"),
         q_compression_dim=settings.take("q_lora_rank"),
-        head_width=settings.take("qk_nope_head_dim"),
+        head_width=plain,
         value_width=settings.take("v_head_dim"),
-        score_scale=_score_scale(settings.part("rope_scaling")),
+        score_scale=_score_scale(rope),
     )
     sparse = Block(attention=attention, ffn=_read_mixture(settings))
     dense = Block(attention=attention, ffn=SwiGLU(width=settings.take("intermediate_size")))
     layers = settings.count("num_hidden_layers")
     dense_layers = min(int(settings.number("first_k_dense_replace")), layers)
-    position = common.read_rope(settings, 10_000.0, DecoupledRoPE, width=settings.take("qk_rope_head_dim"))
     blocks = dense_layers * (dense,) + (layers - dense_layers) * (sparse,)
-    return Transformer(position=position, blocks=blocks, **common.read_frame(settings))
+    frame = common.read_frame(settings)
+    position = common.read_rope(rope, frame["context"], DecoupledRoPE, width=rotary)
+    return Transformer(position=position, blocks=blocks, **frame)
 
 
 def _read_mixture(settings: Settings) -> MoE:
@@ -55,10 +90,12 @@ def _read_mixture(settings: Settings) -> MoE:
     )
 
 
-def _score_scale(scaling: Settings | None) -> float:
+def _score_scale(rope: Settings) -> float:
     """YaRN's sharpening of all score dimensions, which the rotary ones alone cannot express."""
-    mscale = 0.0 if scaling is None else scaling.number("mscale_all_dim", 0.0)
-    return common.yarn_magnitude(scaling.number("factor"), mscale) ** 2 if scaling and mscale else 1.0
+    if rope.take("rope_type") != "yarn":
+        return 1.0
+    mscale = rope.number("mscale_all_dim")
+    return common.yarn_magnitude(rope.number("factor"), mscale) ** 2 if mscale else 1.0
 
 
 def write(spec: Transformer) -> dict[str, Any]:
@@ -68,13 +105,13 @@ def write(spec: Transformer) -> dict[str, Any]:
     dense = [block.ffn for block in spec.blocks if not isinstance(block.ffn, MoE)]
     mixture = mixtures(spec)[0]
     router = need(mixture.router, SigmoidTopK, f"blocks[{len(dense)}].ffn.router")
-    rope = common.write_rope(position)
+    sharpened: dict[str, float] = {}
     if attention.score_scale != 1.0 and isinstance(position.scaling, YaRN):
         mscale = (math.sqrt(attention.score_scale) - 1) / (0.1 * math.log(position.scaling.factor))
-        rope["rope_scaling"]["mscale_all_dim"] = round(mscale, 12)
+        sharpened = {"mscale_all_dim": round(mscale, 12)}
     return {
         **common.write_frame(spec),
-        **rope,
+        **common.write_rope(position, **sharpened),
         "rope_interleave": True,
         "num_attention_heads": attention.heads,
         "num_key_value_heads": attention.heads,
@@ -93,7 +130,15 @@ def write(spec: Transformer) -> dict[str, Any]:
         "routed_scaling_factor": router.scale,
         "n_group": router.groups,
         "topk_group": router.top_groups,
+        "num_nextn_predict_layers": 0,  # 1 is the class's default in transformers 5
     }
+
+
+def is_prediction_layer(name: str, config: dict[str, Any]) -> bool:
+    """Whether a tensor is of the layers behind the others that predict further tokens; transformers leaves them out."""
+    layers, predicting = config.get("num_hidden_layers"), config.get("num_nextn_predict_layers")
+    match = re.match(r"model\.layers\.(\d+)\.", name)
+    return bool(match and layers and predicting and layers <= int(match[1]) < layers + predicting)
 
 
 def rules(spec: Transformer, config: dict[str, Any]) -> Iterator[Rule]:

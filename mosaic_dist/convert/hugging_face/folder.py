@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from mosaic_dist.checkpoint.foreign import refuse_foreign
@@ -15,14 +15,16 @@ from mosaic_dist.convert.hugging_face.architectures import (
     spec_from_config,
     weights_to_hugging_face,
     weights_to_ours,
+    why_no_architecture,
 )
 from mosaic_dist.convert.hugging_face.standalone import CODE, MODEL_TYPE, source_code
 from mosaic_dist.convert.native import expected_tensors
+from mosaic_dist.convert.reading import open_safetensors, prove_files, read_json, read_weight_map
 from mosaic_dist.convert.weights import DTYPES, Mapped, parameter_cast
-from mosaic_dist.convert.writing import INDEX, WEIGHTS, write_checksums, write_weights
+from mosaic_dist.convert.writing import write_checksums, write_weights
 from mosaic_dist.data.tokenizer import Tokenizer
 from mosaic_dist.errors import UserError
-from mosaic_dist.files import publish_directory, write_atomic
+from mosaic_dist.files import check_new_directory, publish_directory, write_atomic
 from mosaic_dist.model import Transformer
 
 DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -31,17 +33,23 @@ DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 # --- in -----------------------------------------------------------------------------------------------------------
 
 
-def import_folder(path: str | Path) -> tuple[Transformer, Iterator[tuple[str, Tensor]]]:
+def import_folder(path: str | Path, prove: bool = True) -> tuple[Transformer, Iterator[tuple[str, Tensor]]]:
     """The model of a Hugging Face folder and its tensors under our names, read as they are asked for.
 
-    UserError for a folder without config.json or safetensors, a setting that we cannot represent, and tensors that are
-    missing, left over, damaged or of another shape.
+    Where the folder has checksums, as our exports do, its files are hashed first, unless the caller does that itself
+    (`prove=False`).
+
+    UserError for a folder without config.json or safetensors, a setting that we cannot represent, files of another
+    model, and tensors that are missing, left over, damaged or of another shape.
     """
     path = Path(path)
     if not (path / "config.json").exists():
         refuse_foreign(path)
-    config = _read_json(path / "config.json")
-    return spec_from_config(config), weights_to_ours(config, SafetensorsFolder(path))
+        raise UserError(f"{path} is no Hugging Face model: it has no config.json")
+    config, tensors = read_json(path / "config.json"), SafetensorsFolder(path)
+    if prove:
+        prove_files(path)
+    return spec_from_config(config), weights_to_ours(config, tensors)
 
 
 class SafetensorsFolder(Mapping[str, Tensor]):
@@ -49,19 +57,11 @@ class SafetensorsFolder(Mapping[str, Tensor]):
 
     def __init__(self, path: Path):
         self.path = path
-        if (path / INDEX).exists():
-            self.files: dict[str, str] = _read_json(path / INDEX).get("weight_map", {})
-            if not isinstance(self.files, dict) or not all(isinstance(file, str) for file in self.files.values()):
-                raise UserError(f"{path / INDEX} has no weight_map from tensors to files")
-        elif (path / WEIGHTS).exists():
-            with _opened(path / WEIGHTS) as file:
-                self.files = dict.fromkeys(file.keys(), WEIGHTS)
-        else:
-            raise UserError(f"{path} has neither {WEIGHTS} nor {INDEX}; save the model with safe_serialization=True")
+        self.files = read_weight_map(path)
 
     def __getitem__(self, name: str) -> Tensor:
         file = self.path / self.files[name]
-        with _opened(file) as opened:
+        with open_safetensors(file) as opened:
             try:
                 return opened.get_tensor(name)
             except SafetensorError as error:
@@ -72,25 +72,6 @@ class SafetensorsFolder(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.files)
-
-
-def _opened(file: Path) -> Any:
-    try:
-        return safe_open(file, "pt")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is missing or no safetensors file: {error}") from None
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{file.parent} is no Hugging Face model: it has no {file.name}") from None
-    except ValueError as error:  # neither JSON nor text
-        raise UserError(f"{file} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file} holds {type(content).__name__}, not a mapping")
-    return content
 
 
 # --- out ----------------------------------------------------------------------------------------------------------
@@ -113,8 +94,7 @@ def export_folder(
     tokens than it.
     """
     output = Path(output)
-    if output.exists():
-        raise UserError(f"{output} exists already; remove it, or choose another --output")
+    check_new_directory(output)
     if dtype not in DTYPES:
         raise UserError(f"no dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
     words = None if tokenizer is None else Tokenizer.load(tokenizer)
@@ -134,49 +114,31 @@ def export_folder(
     if code is not None:
         write_atomic(aside / f"{CODE}.py", code)
     if words is not None:
-        words.save(aside / "tokenizer.json")
-        _write_json(aside / "tokenizer_config.json", _tokenizer_config(words, spec.context))
+        words.save(aside, spec.context)
     write_checksums(aside, known)
     publish_directory(aside, output)
     return output
 
 
 def how_to_load(path: str | Path) -> str:
-    """What to tell the user of a folder that `export_folder` wrote: its architecture, and the words that load it."""
-    config = _read_json(Path(path) / "config.json")
+    """What to tell the user of a folder that `export_folder` wrote: its architecture, and the words that load it.
+
+    For a model with its own code also which part does not fit each architecture.
+    """
+    config = read_json(Path(path) / "config.json")
     if config["model_type"] != MODEL_TYPE:
         return f"as {config['model_type']}: AutoModelForCausalLM.from_pretrained({str(path)!r})"
     return (
-        f"with its own code, {CODE}.py, as no architecture of transformers computes it: "
-        f"AutoModelForCausalLM.from_pretrained({str(path)!r}, trust_remote_code=True)"
+        f"{why_no_architecture(spec_from_config(config))}\n"
+        f"with its own code, {CODE}.py: AutoModelForCausalLM.from_pretrained({str(path)!r}, trust_remote_code=True)"
     )
 
 
-def _special_tokens(words: Tokenizer | None) -> dict[str, int | None]:
-    """Ids for config.json, always written: transformers' defaults are those of other models' tokenizers.
-
-    A pad that is the EOS too is left out, because transformers gives the pad's embedding no gradient.
-    """
+def _special_tokens(words: Tokenizer | None) -> dict[str, Any]:
+    """Ids for config.json, always written: transformers' defaults are those of other models' tokenizers."""
     if words is None:
         return dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    pad_id = None if words.pad_id == words.eos_id else words.pad_id
-    return {"bos_token_id": words.bos_id, "eos_token_id": words.eos_id, "pad_token_id": pad_id}
-
-
-def _tokenizer_config(words: Tokenizer, context: int) -> dict[str, Any]:
-    """What makes `AutoTokenizer` take tokenizer.json as it is."""
-    config: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": context,
-        "clean_up_tokenization_spaces": False,
-    }
-    vocabulary = words.document["model"]["vocab"]
-    if isinstance(vocabulary, list):  # Unigram: pieces with their scores, by id
-        vocabulary = {name: token for token, (name, _) in enumerate(vocabulary)}
-    tokens = {token: name for name, token in vocabulary.items()}
-    tokens |= {added["id"]: added["content"] for added in words.document.get("added_tokens", [])}
-    ids = {"bos_token": words.bos_id, "eos_token": words.eos_id, "pad_token": words.pad_id}
-    return config | {name: tokens[token] for name, token in ids.items()}
+    return words.special_ids()
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mosaic_dist.convert.hugging_face.rules import FUSED, TRANSPOSED, Rule, same
-from mosaic_dist.convert.hugging_face.settings import Settings
+from mosaic_dist.convert.hugging_face.settings import Known, Settings
 from mosaic_dist.convert.hugging_face.twin import need
 from mosaic_dist.model import GELU, GQA, MHA, Block, LayerNorm, Learned, Tied, Transformer, Untied
 
@@ -12,6 +12,23 @@ TRAINING = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "n_ctx", "reorder_and_upc
 """Dropout is the run's; `n_ctx` repeats `n_positions`; the last changes the precision of scores in float16 only."""
 
 CLASSIFIER = ("type", "use_proj", "activation", "first_dropout", "proj_to_labels")
+
+KNOWN = Known(
+    {
+        "vocab_size": 50257,
+        "n_positions": 1024,
+        "n_embd": 768,
+        "n_layer": 12,
+        "n_head": 12,
+        "n_inner": None,  # 4 * n_embd
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "tie_word_embeddings": True,
+    },
+    {"_num_labels": (1,)},
+)
 
 
 def read(settings: Settings) -> Transformer:
@@ -23,7 +40,7 @@ def read(settings: Settings) -> Transformer:
     dim = settings.count("n_embd")
     block = Block(
         attention=MHA(heads=settings.take("n_head"), bias=True),
-        ffn=GELU(width=settings.take("n_inner", None) or 4 * dim, bias=True),
+        ffn=GELU(width=settings.take("n_inner") or 4 * dim, bias=True),
     )
     return Transformer(
         vocab=settings.take("vocab_size"),
@@ -31,8 +48,8 @@ def read(settings: Settings) -> Transformer:
         context=settings.take("n_positions"),
         position=Learned(),
         blocks=settings.count("n_layer") * (block,),
-        norm=LayerNorm(eps=settings.take("layer_norm_epsilon", 1e-5)),
-        head=Tied() if settings.take("tie_word_embeddings", True) else Untied(),
+        norm=LayerNorm(eps=settings.take("layer_norm_epsilon")),
+        head=Tied() if settings.take("tie_word_embeddings") else Untied(),
     )
 
 

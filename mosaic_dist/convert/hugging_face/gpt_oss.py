@@ -5,7 +5,7 @@ from typing import Any
 
 from mosaic_dist.convert.hugging_face import common
 from mosaic_dist.convert.hugging_face.rules import INTERLEAVED, Rule, same
-from mosaic_dist.convert.hugging_face.settings import Settings
+from mosaic_dist.convert.hugging_face.settings import Known, Settings
 from mosaic_dist.convert.hugging_face.twin import canonical, mixtures, need
 from mosaic_dist.errors import UserError
 from mosaic_dist.model import GQA, Block, ClampedSwiGLU, MoE, TopKSoftmax, Transformer
@@ -13,21 +13,61 @@ from mosaic_dist.model import GQA, Block, ClampedSwiGLU, MoE, TopKSoftmax, Trans
 SLIDING, FULL = "sliding_attention", "full_attention"
 ALPHA = 1.702
 LIMIT = 7.0
-"""transformers reads neither limit nor alpha from the configuration."""
+SWIGLU_IS_READ = (5, 19)
+"""The first transformers that takes alpha and limit from config.json; older ones always use those above."""
+
+YARN = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
+KNOWN = Known(
+    common.DEFAULTS
+    | {
+        "vocab_size": 201_088,
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "attention_bias": True,
+        "max_position_embeddings": 131_072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 150_000.0,
+        "rope_scaling": YARN,
+        "sliding_window": 128,
+        "layer_types": None,  # sliding and full attention take turns
+        "num_local_experts": 128,
+        "num_experts_per_tok": 4,
+        "swiglu_limit": LIMIT,
+        "swiglu_alpha": ALPHA,
+    }
+)
 
 
 def read(settings: Settings) -> Transformer:
     """config.json -> spec."""
-    settings.expect("swiglu_limit", LIMIT)
+    if (settings.version() or (0, 0)) < SWIGLU_IS_READ:
+        settings.expect("swiglu_limit", LIMIT)
+        settings.expect("swiglu_alpha", ALPHA)
     settings.skip("initial_context_length", "experts_per_token")  # repeat others under OpenAI's own names
     ffn = MoE(
-        expert=ClampedSwiGLU(width=settings.take("intermediate_size"), bias=True, limit=LIMIT, alpha=ALPHA),
+        expert=ClampedSwiGLU(
+            width=settings.take("intermediate_size"),
+            bias=True,
+            limit=settings.take("swiglu_limit"),
+            alpha=settings.take("swiglu_alpha"),
+        ),
         experts=settings.take("num_local_experts"),
         top_k=settings.take("num_experts_per_tok"),
         router=TopKSoftmax(),
         router_bias=True,
     )
-    bias, window = settings.take("attention_bias", True), settings.take("sliding_window")
+    bias, window = settings.take("attention_bias"), settings.take("sliding_window")
     layers = settings.count("num_hidden_layers")
     types = settings.items("layer_types") or [FULL if i % 2 else SLIDING for i in range(layers)]
     if len(types) != layers or any(kind not in (SLIDING, FULL) for kind in types):
@@ -41,8 +81,22 @@ def read(settings: Settings) -> Transformer:
         )
         for kind in types
     )
-    frame, position = common.read_frame(settings), common.read_rope(settings, 150_000.0)
+    frame = common.read_frame(settings)
+    position = common.read_rope(common.rope_settings(settings, _null_scaling(settings)), frame["context"])
     return Transformer(position=position, blocks=blocks, **frame)
+
+
+def _null_scaling(settings: Settings) -> dict[str, Any] | None:
+    """What a `rope_scaling` of null stands for: none in transformers 4, and the default, YaRN, in transformers 5."""
+    if settings.take("rope_scaling") is not None or settings.take("rope_parameters") is not None:
+        return None
+    version = settings.version()
+    if version is None:
+        raise UserError(
+            f"{settings.where}: rope_scaling = None means no scaling to transformers 4 and YaRN to transformers 5, and "
+            'there is no transformers_version; write {"rope_type": "default"} for no scaling, or remove it for YaRN'
+        )
+    return YARN if version >= (5, 0) else None
 
 
 def write(spec: Transformer) -> dict[str, Any]:
@@ -50,10 +104,12 @@ def write(spec: Transformer) -> dict[str, Any]:
     attentions = [need(block.attention, GQA, f"blocks[{i}].attention") for i, block in enumerate(spec.blocks)]
     mixture = mixtures(spec)[0]
     windows = [attention.window for attention in attentions if attention.window is not None]
+    rope = common.write_rope(spec.position)
     return {
         **common.write_frame(spec),
         **common.write_attention(attentions[0]),
-        **common.write_rope(spec.position),
+        **rope,
+        "rope_scaling": rope["rope_scaling"] or {"rope_type": "default"},  # null would mean YaRN to transformers 5
         "attention_bias": attentions[0].bias,
         "sliding_window": windows[0] if windows else spec.context,
         "layer_types": [FULL if attention.window is None else SLIDING for attention in attentions],
@@ -61,6 +117,7 @@ def write(spec: Transformer) -> dict[str, Any]:
         "num_local_experts": mixture.experts,
         "num_experts_per_tok": mixture.top_k,
         "swiglu_limit": LIMIT,
+        "swiglu_alpha": ALPHA,
     }
 
 

@@ -5,19 +5,36 @@ from typing import Any
 
 from mosaic_dist.convert.hugging_face import common
 from mosaic_dist.convert.hugging_face.rules import Rule
-from mosaic_dist.convert.hugging_face.settings import Settings
+from mosaic_dist.convert.hugging_face.settings import Known, Settings
 from mosaic_dist.convert.hugging_face.twin import canonical, need
 from mosaic_dist.model import GQA, Block, SwiGLU, Transformer
+
+KNOWN = Known(
+    common.DEFAULTS
+    | {
+        "attention_bias": False,
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6,
+        "mlp_bias": False,
+    },
+    {"is_llama_config": (True,), "rope_interleaved": (False,), "activation": ("swiglu",)},  # SmolLM2, Falcon3
+)
 
 
 def read(settings: Settings) -> Transformer:
     """config.json -> spec."""
     settings.skip("pretraining_tp")
     block = Block(
-        attention=common.read_attention(settings, bias=settings.take("attention_bias", False)),
-        ffn=SwiGLU(width=settings.take("intermediate_size"), bias=settings.take("mlp_bias", False)),
+        attention=common.read_attention(settings, bias=settings.take("attention_bias")),
+        ffn=SwiGLU(width=settings.take("intermediate_size"), bias=settings.take("mlp_bias")),
     )
-    frame, position = common.read_frame(settings), common.read_rope(settings, 10_000.0)
+    frame = common.read_frame(settings)
+    position = common.read_rope(common.rope_settings(settings), frame["context"])
     return Transformer(position=position, blocks=settings.count("num_hidden_layers") * (block,), **frame)
 
 

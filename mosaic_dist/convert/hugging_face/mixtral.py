@@ -5,18 +5,37 @@ from typing import Any
 
 from mosaic_dist.convert.hugging_face import common
 from mosaic_dist.convert.hugging_face.rules import Rule, same
-from mosaic_dist.convert.hugging_face.settings import Settings
+from mosaic_dist.convert.hugging_face.settings import Known, Settings
 from mosaic_dist.convert.hugging_face.twin import canonical, mixtures, need
 from mosaic_dist.model import GQA, Block, MoE, SoftmaxTopK, SwiGLU, Transformer
 
 EXPERT = {"gate": "w1", "up": "w3", "down": "w2"}
+
+KNOWN = Known(
+    common.DEFAULTS
+    | {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131_072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1_000_000.0,
+        "sliding_window": None,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "router_jitter_noise": 0.0,
+    }
+)
 
 
 def read(settings: Settings) -> Transformer:
     """config.json -> spec."""
     settings.expect("router_jitter_noise", 0, 0.0)
     block = Block(
-        attention=common.read_attention(settings, window=settings.take("sliding_window", None)),
+        attention=common.read_attention(settings, window=settings.take("sliding_window")),
         ffn=MoE(
             expert=SwiGLU(width=settings.take("intermediate_size")),
             experts=settings.take("num_local_experts"),
@@ -24,7 +43,8 @@ def read(settings: Settings) -> Transformer:
             router=SoftmaxTopK(normalize=True),
         ),
     )
-    frame, position = common.read_frame(settings), common.read_rope(settings, 1_000_000.0)
+    frame = common.read_frame(settings)
+    position = common.read_rope(common.rope_settings(settings), frame["context"])
     return Transformer(position=position, blocks=settings.count("num_hidden_layers") * (block,), **frame)
 
 

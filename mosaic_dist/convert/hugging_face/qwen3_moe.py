@@ -5,37 +5,72 @@ from typing import Any
 
 from mosaic_dist.convert.hugging_face import common
 from mosaic_dist.convert.hugging_face.rules import Rule, same
-from mosaic_dist.convert.hugging_face.settings import Settings
+from mosaic_dist.convert.hugging_face.settings import Known, Settings
 from mosaic_dist.convert.hugging_face.twin import canonical, mixtures, need
 from mosaic_dist.model import GQA, Block, MoE, RMSNorm, SoftmaxTopK, SwiGLU, Transformer
+
+KNOWN = Known(
+    common.DEFAULTS
+    | {
+        "attention_bias": False,
+        "vocab_size": 151_936,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32_768,
+        "rms_norm_eps": 1e-6,
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": None,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": False,
+    },
+    {"qkv_bias": (False,), "use_qk_norm": (True,), "shared_expert_intermediate_size": (0, None)},  # Qwen3-Coder
+)
 
 
 def read(settings: Settings) -> Transformer:
     """config.json -> spec."""
     settings.skip("max_window_layers")
-    sliding = settings.take("use_sliding_window", False)
-    window = settings.take("sliding_window", None)
+    sliding = settings.take("use_sliding_window")
+    window = settings.take("sliding_window")
     attention = common.read_attention(
         settings,
-        bias=settings.take("attention_bias", False),
+        bias=settings.take("attention_bias"),
         qk_norm=True,
         qk_norm_eps=settings.take("rms_norm_eps"),
         window=window if sliding else None,
     )
     mixture = MoE(
         expert=SwiGLU(width=settings.take("moe_intermediate_size")),
-        experts=settings.take("num_experts"),
+        experts=_read_experts(settings),
         top_k=settings.take("num_experts_per_tok"),
-        router=SoftmaxTopK(normalize=settings.take("norm_topk_prob", False)),
+        router=SoftmaxTopK(normalize=settings.take("norm_topk_prob")),
     )
     dense = SwiGLU(width=settings.take("intermediate_size"))
-    step, dense_layers = int(settings.number("decoder_sparse_step", 1)), settings.items("mlp_only_layers")
+    step, dense_layers = int(settings.number("decoder_sparse_step")), settings.items("mlp_only_layers")
     blocks = tuple(
         Block(attention=attention, ffn=dense if i in dense_layers or (i + 1) % max(step, 1) else mixture)
         for i in range(settings.count("num_hidden_layers"))
     )
-    frame, position = common.read_frame(settings), common.read_rope(settings, 10_000.0)
+    frame = common.read_frame(settings)
+    position = common.read_rope(common.rope_settings(settings), frame["context"])
     return Transformer(position=position, blocks=blocks, **frame)
+
+
+def _read_experts(settings: Settings) -> int:
+    """`num_experts`, which transformers 5 writes as `num_local_experts`."""
+    if "num_local_experts" not in settings.values:
+        return settings.take("num_experts")
+    experts = settings.count("num_local_experts")
+    if "num_experts" in settings.values:
+        settings.expect("num_experts", experts)
+    return experts
 
 
 def write(spec: Transformer) -> dict[str, Any]:

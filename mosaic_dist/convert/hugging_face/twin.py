@@ -19,6 +19,7 @@ from mosaic_dist.model import (
     Transformer,
 )
 from mosaic_dist.model.attention import SoftmaxAttention
+from mosaic_dist.model.norm import epsilon
 from mosaic_dist.spec import Spec, fields, join
 
 S = TypeVar("S", bound=Spec)
@@ -65,6 +66,8 @@ def _canonical_attention(attention: Attention, spec: Transformer) -> Attention:
     plain["kernel"] = "sdpa" if attention.soft_cap is None else "explicit"
     if not attention.qk_norm:
         del plain["qk_norm_eps"]
+    elif attention.qk_norm_eps is None:
+        plain["qk_norm_eps"] = epsilon(spec.norm)
     return GQA(kv_heads=attention.key_value_heads(), **plain)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mosaic_dist.model.attention.documents import Cuts, cut_documents
+from mosaic_dist.model.norm import INNER_NORM_EPS
 from mosaic_dist.model.position import Position
 from mosaic_dist.spec import Spec
 
@@ -15,8 +16,11 @@ from mosaic_dist.spec import Spec
 class Attention(Spec):
     """Family of causal attentions."""
 
-    def build(self, dim: int, position: Position) -> "AttentionModule":
-        """Module mapping [B, T, dim] to [B, T, dim], where a token sees itself and what came before."""
+    def build(self, dim: int, position: Position, norm_eps: float = INNER_NORM_EPS) -> "AttentionModule":
+        """Module mapping [B, T, dim] to [B, T, dim], where a token sees itself and what came before.
+
+        `norm_eps` is the epsilon of the model's norms, for norms inside that do not state their own.
+        """
         raise TypeError(f"{type(self).__name__} cannot be built: choose a kind of attention")
 
     def head_counts(self) -> tuple[int, int] | None:

@@ -74,8 +74,20 @@ def takes_groups(q_BNTH: Tensor, k_BGSH: Tensor, v_BGSU: Tensor, mask: Tensor | 
     """Whether a fused kernel shares key-value heads here. Where none does, PyTorch would write all scores out."""
     if not q_BNTH.is_cuda:
         return True
-    words = torch.backends.cuda.SDPAParams(q_BNTH, k_BGSH, v_BGSU, mask, dropout, mask is None, True)
-    return torch.backends.cuda.can_use_flash_attention(words)
+    needs_grad = q_BNTH.requires_grad or k_BGSH.requires_grad or v_BGSU.requires_grad
+    return mask is None and flash_shares_heads(q_BNTH.device, q_BNTH.dtype, q_BNTH.shape[-1], dropout, needs_grad)
+
+
+def flash_shares_heads(device: torch.device, dtype: torch.dtype, width: int, dropout: float, needs_grad: bool) -> bool:
+    """Whether the flash kernel takes causal attention with fewer key-value heads than query heads.
+
+    A question of plain values, so that compiled code can have the answer as a constant (see `compile_blocks`): torch
+    2.11 cannot compile the question itself.
+    """
+    q, kv = (torch.empty(1, heads, 2, width, device=device, dtype=dtype, requires_grad=needs_grad) for heads in (2, 1))
+    return torch.backends.cuda.can_use_flash_attention(
+        torch.backends.cuda.SDPAParams(q, kv, kv, None, dropout, True, True)
+    )
 
 
 def _triangle(q_BNTH: Tensor) -> Tensor:

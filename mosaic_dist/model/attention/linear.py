@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from mosaic_dist.model.attention.attention import Attention, AttentionModule, Sight
 from mosaic_dist.model.linear import Matrix, PlainMatrix
+from mosaic_dist.model.norm import INNER_NORM_EPS
 from mosaic_dist.model.position import Position
 from mosaic_dist.spec import Positive, SpecError
 
@@ -32,7 +33,7 @@ class LinearAttention(Attention, type="linear"):
         """See `Attention.head_counts`."""
         return self.heads, self.heads
 
-    def build(self, dim: int, position: Position) -> "ChunkedLinearAttention":
+    def build(self, dim: int, position: Position, norm_eps: float = INNER_NORM_EPS) -> "ChunkedLinearAttention":
         """query, key, value, output [dim, dim]."""
         if dim % self.heads:
             raise SpecError("heads", f"{self.heads} heads must divide the model's width ({dim})")

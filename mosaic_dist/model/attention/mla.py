@@ -11,6 +11,7 @@ from mosaic_dist.model.attention.attention import Attention, AttentionModule, Ri
 from mosaic_dist.model.attention.blocks import attend_in_sight
 from mosaic_dist.model.attention.kernel import Kernel
 from mosaic_dist.model.linear import Matrix, PlainMatrix
+from mosaic_dist.model.norm import INNER_NORM_EPS
 from mosaic_dist.model.position import DecoupledRoPE, Position
 from mosaic_dist.spec import Fraction, Positive, PositiveFloat, SpecError
 
@@ -41,7 +42,7 @@ class MLA(Attention, type="mla"):
         """See `Attention.head_counts`."""
         return self.heads, self.heads
 
-    def build(self, dim: int, position: Position) -> "LatentAttention":
+    def build(self, dim: int, position: Position, norm_eps: float = INNER_NORM_EPS) -> "LatentAttention":
         """See `LatentAttention` for the matrices."""
         if self.head_width is None and dim % self.heads:
             raise SpecError("heads", f"{self.heads} heads must divide the model's width ({dim}), or give head_width")

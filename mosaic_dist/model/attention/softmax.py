@@ -10,6 +10,7 @@ from mosaic_dist.model.attention.attention import Attention, AttentionModule, Ri
 from mosaic_dist.model.attention.blocks import attend_in_sight
 from mosaic_dist.model.attention.kernel import Kernel
 from mosaic_dist.model.linear import Matrix, PlainMatrix
+from mosaic_dist.model.norm import INNER_NORM_EPS
 from mosaic_dist.model.position import Position
 from mosaic_dist.spec import Fraction, Positive, PositiveFloat, SpecError
 
@@ -19,8 +20,8 @@ class SoftmaxAttention(Attention):
 
     `head_width` is dim / heads unless given. `bias` is that of queries, keys and values, `output_bias` (None: the same)
     of the output. `qk_norm` applies RMSNorm with a gain to each head's queries and keys (Dehghani et al., arXiv
-    2302.05442), with `qk_norm_eps`. `window`: a token sees only so many tokens, itself included. For `sinks`,
-    `soft_cap` and `kernel` see `kernel.attend`. `matrix` is the kind of the projections.
+    2302.05442), with `qk_norm_eps` (None: that of the model's norm). `window`: a token sees only so many tokens, itself
+    included. For `sinks`, `soft_cap` and `kernel` see `kernel.attend`. `matrix` is the kind of the projections.
     """
 
     heads: Positive
@@ -28,7 +29,7 @@ class SoftmaxAttention(Attention):
     bias: bool = False
     output_bias: bool | None = None
     qk_norm: bool = False
-    qk_norm_eps: PositiveFloat = 1e-6
+    qk_norm_eps: PositiveFloat | None = None
     window: Positive | None = None
     sinks: bool = False
     soft_cap: PositiveFloat | None = None
@@ -51,11 +52,11 @@ class SoftmaxAttention(Attention):
         if self.soft_cap is not None and self.kernel == "sdpa":
             raise SpecError("soft_cap", "PyTorch's fused attention has no soft cap; use kernel 'explicit', or none")
 
-    def build(self, dim: int, position: Position) -> "MultiHeadAttention":
+    def build(self, dim: int, position: Position, norm_eps: float = INNER_NORM_EPS) -> "MultiHeadAttention":
         """query [N*H, dim], key and value [G*H, dim], output [dim, N*H]."""
         if self.head_width is None and dim % self.heads:
             raise SpecError("heads", f"{self.heads} heads must divide the model's width ({dim}), or give head_width")
-        return MultiHeadAttention(self, dim, position)
+        return MultiHeadAttention(self, dim, position, norm_eps)
 
 
 class MHA(SoftmaxAttention, type="mha"):
@@ -83,7 +84,7 @@ class MQA(SoftmaxAttention, type="mqa"):
 class MultiHeadAttention(AttentionModule):
     """See `SoftmaxAttention`."""
 
-    def __init__(self, spec: SoftmaxAttention, dim: int, position: Position):
+    def __init__(self, spec: SoftmaxAttention, dim: int, position: Position, norm_eps: float):
         super().__init__()
         self.spec = spec
         self.head_width = spec.head_width or dim // spec.heads
@@ -94,8 +95,9 @@ class MultiHeadAttention(AttentionModule):
         self.key, self.value = linear(dim, groups, bias=spec.bias), linear(dim, groups, bias=spec.bias)
         output_bias = spec.bias if spec.output_bias is None else spec.output_bias
         self.output = linear(inner, dim, bias=output_bias, residual=True)
-        self.query_norm = nn.RMSNorm(self.head_width, eps=spec.qk_norm_eps) if spec.qk_norm else nn.Identity()
-        self.key_norm = nn.RMSNorm(self.head_width, eps=spec.qk_norm_eps) if spec.qk_norm else nn.Identity()
+        eps = norm_eps if spec.qk_norm_eps is None else spec.qk_norm_eps
+        self.query_norm = nn.RMSNorm(self.head_width, eps=eps) if spec.qk_norm else nn.Identity()
+        self.key_norm = nn.RMSNorm(self.head_width, eps=eps) if spec.qk_norm else nn.Identity()
         self.sinks = nn.Parameter(torch.empty(spec.heads)) if spec.sinks else None
 
     def forward(self, x_BTD: Tensor, sight: Sight, cache: RingCache | None = None) -> Tensor:

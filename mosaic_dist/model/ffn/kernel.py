@@ -29,11 +29,26 @@ class Layer(NamedTuple):
 def run_experts(x_SD: Tensor, rows: Rows, activate: Activate, inputs: Sequence[Layer], down: Layer) -> Tensor:
     """x_SD -> [S, D] of its dtype. An expert without rows gets zero gradients.
 
-    Where torch has a fast grouped product (bfloat16 on GPUs with compute capability 8.0 or more) all experts are one,
-    and the host waits for nothing. Elsewhere experts go one after the other, which keeps their rows in the CPU's cache.
+    Where torch has a fast grouped product (bfloat16, see `has_grouped_product`) all experts are one, and the host waits
+    for nothing. Elsewhere experts go one after the other, which keeps their rows in the CPU's cache; on a GPU the host
+    waits once for their counts.
     """
-    fast = x_SD.is_cuda and x_SD.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x_SD.device) >= (8, 0)
-    return (run_grouped if fast else run_in_turn)(x_SD, rows, activate, inputs, down)
+    is_fast = x_SD.dtype == torch.bfloat16 and has_grouped_product(x_SD.device)
+    return (run_grouped if is_fast else run_in_turn)(x_SD, rows, activate, inputs, down)
+
+
+def has_grouped_product(device: torch.device) -> bool:
+    """Whether torch has a kernel for the product of all experts in bfloat16 on a device.
+
+    On other GPUs `grouped_mm` loops over the experts and waits for the counts in each product, forward and backward
+    (aten/src/ATen/native/cuda/GroupedBlas.cpp).
+    """
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) in ((9, 0), (10, 0))
+
+
+def _leaves_gradients_unwritten(device: torch.device) -> bool:
+    """Whether `grouped_mm` was seen to give experts without rows gradients that are not zero (pytorch issue 172439)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 10
 
 
 # --- one expert after the other -----------------------------------------------------------------------------------
@@ -151,20 +166,33 @@ def _stacks(flat: Sequence[Any]) -> list[_Stack]:
 
 
 def run_grouped(x_SD: Tensor, rows: Rows, activate: Activate, inputs: Sequence[Layer], down: Layer) -> Tensor:
-    """See `run_experts`."""
+    """All experts in one product per layer; widths that the product does not take are filled up with zeros."""
     ends_e = rows.counts_E.cumsum(0).to(torch.int32)
     dtype = x_SD.dtype  # `finish` lives until the backward pass, with all that it names
 
     def bias(bias_eO: Tensor) -> Tensor:
         return bias_eO.repeat_interleave(rows.counts_E, 0, output_size=len(rows.tokens_R))
 
+    def zero_without_rows(grads: tuple[Tensor | None, ...], _: Any) -> tuple[Tensor | None, ...]:
+        grad_x, grad_weight, *others = grads
+        if grad_weight is not None:
+            grad_weight = grad_weight.masked_fill((rows.counts_E == 0)[:, None, None], 0)
+        return grad_x, grad_weight, *others
+
+    def multiply_rows(x_RI: Tensor, weight_eIO: Tensor) -> Tensor:
+        out_RO = functional.grouped_mm(_aligned(x_RI, 1), _aligned(weight_eIO, 2), offs=ends_e)
+        if out_RO.grad_fn is not None and _leaves_gradients_unwritten(out_RO.device):
+            out_RO.grad_fn.register_hook(zero_without_rows)
+        outputs = weight_eIO.shape[2]
+        return out_RO if out_RO.shape[1] == outputs else out_RO[:, :outputs]
+
     def linear(x_RI: Tensor, layer: Layer) -> Tensor:
-        out_RO = functional.grouped_mm(x_RI, layer.weight_eIO, offs=ends_e)
+        out_RO = multiply_rows(x_RI, layer.weight_eIO)
         return out_RO if layer.bias_eO is None else out_RO + bias(layer.bias_eO)
 
     def finish(*hidden_RF: Tensor) -> Tensor:
         weights_R1 = rows.weights_R.to(dtype)[:, None]
-        out_RD = functional.grouped_mm(activate(*hidden_RF) * weights_R1, down.weight_eIO, offs=ends_e)
+        out_RD = multiply_rows(activate(*hidden_RF) * weights_R1, down.weight_eIO)
         return out_RD if down.bias_eO is None else out_RD + weights_R1 * bias(down.bias_eO)
 
     x_RD = spread(x_SD, rows)
@@ -172,3 +200,16 @@ def run_grouped(x_SD: Tensor, rows: Rows, activate: Activate, inputs: Sequence[L
     # the second run ends where the product would begin: only the activation is computed again
     out_RD = checkpoint(finish, *hidden_RF, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
     return gather(out_RD, rows)
+
+
+ALIGNED_BYTES = 16
+"""Operands of a grouped product begin at multiples of it, and so do their rows (the TMA unit of GPUs asks for it)."""
+
+
+def _aligned(x: Tensor, dims: int) -> Tensor:
+    """x, with zeros at the end of its last dimensions where rows are not aligned; a copy where its start is not."""
+    step = ALIGNED_BYTES // x.itemsize
+    zeros = [-size % step for size in reversed(x.shape[-dims:])]
+    if any(zeros):
+        return functional.pad(x, [fill for zeros_after in zeros for fill in (0, zeros_after)])
+    return x.clone() if x.storage_offset() % step else x  # a ZeRO stage may lay it into one tensor with others
