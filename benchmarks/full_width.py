@@ -93,7 +93,7 @@ def full_width(
     --output FILE         write the table there as well
     --child               train the one slice here, and print its figures as JSON
     """
-    names = (recipes,) if isinstance(recipes, str) else recipes
+    names = recipes.split(",") if isinstance(recipes, str) else recipes
     counts = (layers,) if isinstance(layers, int) else layers
     if child:
         print(json.dumps(train(names[0], counts[0], vocab, tokens, steps)))

@@ -2,7 +2,6 @@
 
 import sys
 import time
-from typing import Any
 
 from mosaic_dist.cli import run_command
 from mosaic_dist.data.prepare import prepare
@@ -12,14 +11,14 @@ from mosaic_dist.spec import Fraction, NonNegative, Positive
 
 
 def tokenize_to_mds(
-    *more: Any,
+    *more: str,
     tokenizer: str,
     output: str,
     seq_len: Positive,
     eos: str | None = None,
     bos: str | None = None,
     add_bos_token: bool = False,
-    input: str | tuple[str, ...] | None = None,
+    input: str | None = None,
     dataset: str | None = None,
     split: str = "train",
     field: str = "text",

@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from mosaic_dist.cli import run_command
 from mosaic_dist.data.held_out import HeldOut, comparison
@@ -14,10 +14,10 @@ from mosaic_dist.spec import Fraction, Positive
 
 
 def train_tokenizer(
-    *more: Any,
+    *more: str,
     vocab_size: Positive,
     kind: Literal["bpe", "unigram"] = "bpe",
-    input: str | tuple[str, ...] | None = None,
+    input: str | None = None,
     dataset: str | None = None,
     split: str = "train",
     field: str = "text",
@@ -25,7 +25,7 @@ def train_tokenizer(
     min_frequency: Positive | None = None,
     max_bytes: Positive | None = None,
     held_out: Fraction = 0.005,
-    compare: str | tuple[str, ...] | None = None,
+    compare: str | None = None,
     overwrite: bool = False,
 ) -> None:
     """Learn a byte-level BPE or Unigram tokenizer from text and write it as a tokenizer.json.
@@ -52,7 +52,7 @@ def train_tokenizer(
         raise UserError(f"{target} exists already; choose another --output, or give --overwrite")
     if kind == "unigram" and min_frequency is not None:
         raise UserError(f"--min_frequency {min_frequency} is for --kind bpe; leave it out")
-    names = compare.split(",") if isinstance(compare, str) else list(compare or ())
+    names = compare.split(",") if compare else []
     others = [(name, Tokenizer.load(name)) for name in names]
     texts = HeldOut(choose_documents(input, more, dataset, split, field), held_out)
     if kind == "bpe":

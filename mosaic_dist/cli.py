@@ -9,6 +9,7 @@ import contextlib
 import importlib.util
 import inspect
 import os
+import re
 import sys
 import traceback
 import typing
@@ -17,9 +18,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import fire
+from fire.decorators import SetParseFn
+from fire.parser import DefaultParseValue
 
 from mosaic_dist.errors import UserError
-from mosaic_dist.spec import SpecError, nearest, parse
+from mosaic_dist.spec import SpecError, Word, nearest, parse
 
 CTRL_C_EXIT_CODE = 130
 """As shells have it: 128 + SIGINT."""
@@ -31,10 +34,10 @@ def run_command(
 ) -> Any:
     """Call `function` with the command line's words; its signature is the list of flags, its docstring the help.
 
-    A `**overrides` parameter takes all flags that are not named in the signature (dotted paths of a spec), a
-    `*positional` one all words that are no flags. Returns the function's result. On a `UserError` the message is
-    printed to stderr and the process ends with its exit code, 2; on Ctrl-C with 130. Where many processes get the same
-    words, only the one that `is_speaker` prints help and errors.
+    A `**overrides` parameter takes all flags that are not named in the signature (dotted paths of a spec), each value a
+    `Word`; a `*positional` one takes all words that are not flags, as text. Returns the function's result. On a
+    `UserError` the message is printed to stderr and the process ends with its exit code, 2; on Ctrl-C with 130. Where
+    many processes get the same words, only the one that `is_speaker` prints help and errors.
     """
     words = sys.argv[1:] if words is None else words
     if any(word in HELP_FLAGS for word in words):
@@ -89,14 +92,33 @@ def fail(error: UserError, is_speaker: bool = True) -> NoReturn:
 
 
 def parse_words(words: list[str]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Split words into positional values and flags with `fire`'s rules (`--a 1`, `--a=1`, `--a`, `--noa`)."""
+    """Split words into positional values and flags with `fire`'s rules (`--a 1`, `--a=1`, `--a`, `--noa`).
+
+    A value is a `Word`, whose type only the parameter or the field knows that it is for; a flag without one is a bool.
+    """
     found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
+    @SetParseFn(_value)
     def capture(*positional: Any, **flags: Any) -> None:
         found.append((positional, flags))
 
-    fire.Fire(capture, command=words)
+    fire.Fire(capture, command=[_mark(word) for word in words])
     return found[0]
+
+
+MARK = "="
+"""In front of each value that is given: fire writes "True" and "False" itself for flags without one."""
+FLAG = re.compile(r"--|-[a-zA-Z]")
+
+
+def _mark(word: str) -> str:
+    """A word with the mark before its value; a flag without a value has none."""
+    return word.replace("=", "=" + MARK, 1) if FLAG.match(word) else MARK + word
+
+
+def _value(text: str) -> Word | bool:
+    """What fire hands over for a value: a marked word, or its own "True" or "False"."""
+    return Word(text.removeprefix(MARK), DefaultParseValue) if text.startswith(MARK) else text == "True"
 
 
 def bind(
@@ -123,7 +145,7 @@ def bind(
             typed[key] = parse(hints[key], value, f"--{key}") if key in named and key in hints else value
         except SpecError as error:
             raise UserError(f"{error}; see `{name} --help`") from None
-    return positional, typed
+    return tuple(map(str, positional)), typed
 
 
 def summary(place: str) -> str:

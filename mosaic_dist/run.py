@@ -33,7 +33,7 @@ from mosaic_dist.parallel import (
     resolve_precision,
     size_from_environment,
 )
-from mosaic_dist.run_spec import Run
+from mosaic_dist.run_spec import Run, import_recipe, read_run
 from mosaic_dist.spec import Positive, PositiveFloat, at, leaves, override
 from mosaic_dist.train.folder import RunFolder
 from mosaic_dist.train.initial import open_initial
@@ -147,20 +147,31 @@ def main(run: Run) -> None:
 
 
 def main_from_yaml() -> None:
-    """The command line of a run written as YAML (`--config FILE`), with the flags of every recipe besides."""
-    words = sys.argv[1:]
-    place = next((i for i, word in enumerate(words) if word.partition("=")[0] == "--config"), None)
-    given = "" if place is None else words[place].partition("=")[2] or (words[place + 1 :] or [""])[0]
-    if place is None or not given:
+    """The command line of a run written as YAML (`--config FILE`), with the flags of every recipe.
+
+    `--recipe FILE` names the Python file that defines parts of the run's own, if it has any.
+    """
+    config, recipe = _take_flag("--config"), _take_flag("--recipe")
+    if not config:
         fail(UserError("--config FILE is needed: a run as YAML, such as a run folder's run.yaml"), _is_first_of_node())
     try:
-        run = Run.from_yaml(Path(given).read_text())
-    except OSError as error:
-        fail(UserError(f"cannot read {given}: {error.strerror}"), _is_first_of_node())
+        import_recipe(recipe)
+        run = read_run(Path(config))
     except UserError as error:
-        fail(UserError(f"{given}: {error}"), _is_first_of_node())
-    del sys.argv[1 + place : 1 + place + (1 if "=" in words[place] else 2)]
+        fail(error, _is_first_of_node())
     main(run)
+
+
+def _take_flag(flag: str) -> str | None:
+    """The value of a flag, which is removed from the command line; None where it is not there."""
+    words = sys.argv[1:]
+    place = next((i for i, word in enumerate(words) if word.partition("=")[0] == flag), None)
+    if place is None:
+        return None
+    is_joined = "=" in words[place]
+    given = words[place].partition("=")[2] if is_joined else (words[place + 1 :] or [""])[0]
+    del sys.argv[1 + place : 1 + place + (1 if is_joined else 2)]
+    return given
 
 
 def start(

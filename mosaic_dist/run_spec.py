@@ -1,16 +1,21 @@
 """Run: everything that defines an experiment, in one value."""
 
+import importlib.util
+import json
 import re
+import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from mosaic_dist.checkpoint.spec import CheckpointPolicy
 from mosaic_dist.data import Data
+from mosaic_dist.errors import UserError
 from mosaic_dist.model import Transformer
 from mosaic_dist.optim import BatchRamp, Cosine, Optimizer, Schedule, Spikes
 from mosaic_dist.parallel.deepspeed_config import Precision, fill_config
 from mosaic_dist.parallel.spec import Parallel
-from mosaic_dist.spec import NonNegative, Positive, Spec, SpecError, at, leaves
+from mosaic_dist.spec import NonNegative, Positive, Spec, SpecError, at, leaves, recipe_asked_for
 
 
 class Logging(Spec):
@@ -36,8 +41,9 @@ class Run(Spec):
     sequences at a time and accumulates the rest. `precision` "auto" means bf16 where the GPU has it, fp16 on older
     ones, fp32 on CPU. `nonfinite` says what a NaN or infinite loss does: "stop" the run, or "skip" the step; `spikes`
     what one does that jumps.
-    `validate_every_steps` 0 turns validation off; `validation_samples` bounds it (0: all). With `exact_match_samples`
-    it also tells how many of so many rows are answered to the letter, where the data are questions with an answer each.
+    `validate_every_steps` 0 turns validation off. It takes `validation_samples` rows (0: all), evenly over the split;
+    `seed` decides which ones. With `exact_match_samples` it also reports the exact-match accuracy on that many rows,
+    where the data are questions with an answer each.
     With `early_stopping_patience` the run ends when so many validations in a row have not lowered the best loss (0:
     never). `initial_model` is a folder, an exported model of ours or one that transformers saved, whose weights the run
     starts from ("": from `seed`); a run that has a checkpoint goes on from that.
@@ -162,6 +168,54 @@ class Run(Spec):
             world_size=world_size,
             clip_norm=self.optimizer.clip_norm,
         )
+
+
+ENVIRONMENT_JSON, OWN_PARTS = "environment.json", "own_parts"
+"""Next to run.yaml, and the key there: kinds that are not of this package, with the files that define them."""
+
+
+def read_run(path: Path) -> Run:
+    """The run of a run.yaml. UserError that names the file, and for a kind of the recipe's own the recipe."""
+
+    def recipe() -> str:
+        return next(iter(recorded(path.parent).get(OWN_PARTS, {}).values()), "FILE")
+
+    try:
+        with recipe_asked_for(recipe):
+            return Run.from_yaml(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:  # a UserError, or no text
+        raise UserError(f"{path}: {error}") from None
+
+
+def recorded(folder: Path) -> dict[str, Any]:
+    """What a run folder says about the environment and the layout of its last start; nothing where it has no record."""
+    file = folder / ENVIRONMENT_JSON
+    try:
+        return json.loads(file.read_text()) if file.exists() else {}
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON: {error}") from None
+
+
+def import_recipe(file: str | None) -> None:
+    """Run a recipe's Python file, without its `main`, so that the kinds it defines are known. None: there is none.
+
+    Only a file that the user names is run: a run folder may come from someone else.
+    """
+    if file is None:
+        return
+    path = Path(file)
+    if not path.is_file():
+        raise UserError(f"--recipe {file}: there is no such file")
+    if path.stem in sys.modules:
+        return
+    sys.path.insert(0, str(path.resolve().parent))  # recipes build on each other
+    module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    if module_spec is None or module_spec.loader is None:
+        raise UserError(f"--recipe {file} is not a Python file")
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
 
 
 MAY_CHANGE = (

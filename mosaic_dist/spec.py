@@ -12,13 +12,17 @@ and its values are checked when it is made, so a spec that exists is well-formed
 """
 
 import contextlib
+import contextvars
 import dataclasses
 import difflib
+import functools
+import importlib.metadata
 import math
 import re
+import sys
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, Union, dataclass_transform
 
 import yaml
@@ -36,7 +40,11 @@ class SpecError(UserError):
 
     def under(self, prefix: str) -> "SpecError":
         """The same error seen from the parent that holds the spec at `prefix`."""
-        return SpecError(join(prefix, self.path), self.reason)
+        return type(self)(join(prefix, self.path), self.reason)
+
+
+class UnknownKindError(SpecError):
+    """A type name that no class here has: it is misspelt, or the module that defines it was not imported."""
 
 
 @contextlib.contextmanager
@@ -85,7 +93,8 @@ class Spec:
             value = parse(annotation, getattr(self, name), name)
             _refuse_credentials(value, name)
             object.__setattr__(self, name, value)
-        self.check()
+        if not (_keeps_unknown.get() and holds_unknown(self)):
+            self.check()
 
     def check(self) -> None:
         """Refuse values that do not go together: raise `SpecError(field, reason)`."""
@@ -117,6 +126,42 @@ class Spec:
 S = TypeVar("S", bound=Spec)
 
 
+class UnknownPart(Spec):
+    """A part of a kind that is not known here, as it was written. It can be compared with others, and not be built."""
+
+    kind: str
+    settings: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        """Nothing is known that could be checked."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """What was written."""
+        return {"type": self.kind, **self.settings}
+
+
+_keeps_unknown = contextvars.ContextVar("keeps_unknown", default=False)
+
+
+@contextlib.contextmanager
+def unknown_parts_kept() -> Iterator[None]:
+    """Specs read inside hold an `UnknownPart` for each part of an unknown kind; what holds one is not checked."""
+    token = _keeps_unknown.set(True)
+    try:
+        yield
+    finally:
+        _keeps_unknown.reset(token)
+
+
+@contextlib.contextmanager
+def recipe_asked_for(file: Callable[[], str] = lambda: "FILE") -> Iterator[None]:
+    """An unknown kind inside is an error that asks for the recipe which defines it, by the name that `file` finds."""
+    try:
+        yield
+    except UnknownKindError as error:
+        raise UserError(f"{error}; if it is a part of your own, add --recipe {file()}") from None
+
+
 _FIELDS: dict[type[Spec], dict[str, Any]] = {}
 
 
@@ -133,6 +178,50 @@ def kinds(family: type[Spec]) -> dict[str, type[Spec]]:
     found = {} if family.type_name is None else {family.type_name: family}
     for child in family.__subclasses__():
         found |= kinds(child)
+    return found
+
+
+PARTS_GROUP = "mosaic_dist.parts"
+"""Entry points of installed packages: modules that define kinds."""
+
+
+@functools.cache
+def load_installed_parts() -> None:
+    """Import the modules that installed packages name as entry points, which makes their kinds known."""
+    for entry in importlib.metadata.entry_points(group=PARTS_GROUP):
+        try:
+            entry.load()
+        except Exception as error:
+            raise UserError(
+                f"the entry point {entry.name} = {entry.value} of {PARTS_GROUP} cannot be imported "
+                f"({type(error).__name__}: {error}); update or uninstall the package that names it"
+            ) from error
+
+
+def parts(spec: Spec) -> Iterator[Spec]:
+    """A spec and all specs in it."""
+    yield spec
+    for name in fields(type(spec)):
+        value = getattr(spec, name)
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, Spec):
+                yield from parts(part)
+
+
+def holds_unknown(spec: Spec) -> bool:
+    """Whether a part is of an unknown kind, so that the spec can be compared and not be built."""
+    return any(isinstance(part, UnknownPart) for part in parts(spec))
+
+
+def own_parts(spec: Spec) -> dict[str, str]:
+    """Kinds in a spec that neither this package nor an installed one brings, with the files that define them."""
+    packages = {entry.module.partition(".")[0] for entry in importlib.metadata.entry_points(group=PARTS_GROUP)}
+    packages.add(__name__.partition(".")[0])
+    found = {}
+    for cls in {type(part) for part in parts(spec)}:
+        if cls.type_name is not None and cls.__module__.partition(".")[0] not in packages:
+            module = sys.modules.get(cls.__module__)
+            found[cls.type_name] = str(getattr(module, "__file__", cls.__module__))  # a notebook has no file
     return found
 
 
@@ -162,12 +251,46 @@ def _refuse_credentials(value: Any, path: str) -> None:
 # --- plain values -> typed values ---------------------------------------------------------------------------------
 
 
+class Word(str):
+    """A word of the command line: text as it stands where text is expected, else what `read` makes of it."""
+
+    read: Callable[[str], Any]
+
+    def __new__(cls, text: str, read: Callable[[str], Any]) -> Self:
+        """`read` gives the value that the text is written for, or the text itself."""
+        word = super().__new__(cls, text)
+        word.read = read
+        return word
+
+    def meant_for(self, annotation: Any) -> Any:
+        """The plain value where `annotation` is expected; `None` means no value wherever there may be none."""
+        arms, text = list(_arms(annotation)), str(self)
+        if str not in arms:
+            return self.read(text)
+        return None if text == "None" and types.NoneType in arms else text
+
+
+def _arms(annotation: Any) -> Iterator[Any]:
+    """The types that an annotation allows, without bounds."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        yield from _arms(arguments[0])
+    elif origin in (Union, types.UnionType):
+        for argument in arguments:
+            yield from _arms(argument)
+    else:
+        yield annotation
+
+
 def parse(annotation: Any, value: Any, path: str) -> Any:
     """Check a value against an annotation and return it in its typed form; `SpecError` at `path` if it does not fit.
 
     Understands bool, int, float, str, None, `Literal`, `Annotated[..., Range]`, unions, `tuple[X, ...]`,
-    `dict[str, X]` and specs (an instance, a dict, or the bare type name of a kind).
+    `dict[str, X]` and specs (an instance, a dict, or the bare type name of a kind). A `Word` stands for what it means
+    here.
     """
+    if isinstance(value, Word):
+        value = value.meant_for(annotation)
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
         return _parse_bounded(arguments[0], arguments[1:], value, path)
@@ -230,13 +353,18 @@ def _parse_union(arms: tuple[Any, ...], value: Any, path: str) -> Any:
 
 
 def _parse_spec(family: type[Spec], value: Any, path: str) -> Spec:
-    if isinstance(value, family):
+    if isinstance(value, family | UnknownPart):
         return value
     if isinstance(value, str) and kinds(family):
         value = {"type": value}
     if not isinstance(value, Mapping):
         raise SpecError(path, f"expected {_name(family)}, got {_show(value)}")
-    cls = kind_of(family, value, path)
+    try:
+        cls = kind_of(family, value, path)
+    except UnknownKindError:
+        if not _keeps_unknown.get():
+            raise
+        return UnknownPart(kind=value["type"], settings={key: item for key, item in value.items() if key != "type"})
     given = {str(key): item for key, item in value.items() if not (key == "type" and cls.type_name)}
     known = fields(cls)
     for key in given:
@@ -262,7 +390,12 @@ def kind_of(family: type[Spec], data: Mapping[str, Any], path: str) -> type[Spec
     if name is None:
         raise SpecError(join(path, "type"), f"name a kind of {_name(family)}: {', '.join(sorted(options))}")
     if name not in options:
-        raise SpecError(join(path, "type"), f"no kind {name!r} of {_name(family)}; {nearest(str(name), list(options))}")
+        load_installed_parts()
+        options = kinds(family)
+    if name not in options:
+        raise UnknownKindError(
+            join(path, "type"), f"no kind {name!r} of {_name(family)}; {nearest(str(name), list(options))}"
+        )
     return options[name]
 
 
@@ -398,6 +531,8 @@ def _replace_in_list(annotation: Any, data: list[Any], steps: list[str], value: 
 
 def _swap_kind(annotation: Any, old: Any, value: Any, path: str) -> Any:
     """A bare kind name keeps the fields that the old and the new kind share; anything else replaces the old value."""
+    if isinstance(value, Word):
+        value = value.meant_for(annotation)
     family = _spec_class(annotation, None)
     if family is None or not isinstance(value, str) or not isinstance(old, dict):
         return _plain(value)

@@ -26,11 +26,11 @@ mkdir -p "$out"
 [ -e "$out/tokenizer.json" ] ||
   show python -m data_prep.train_tokenizer --input "$corpus" --vocab_size 8192 --output "$out/tokenizer.json"
 [ -e "$out/data" ] ||
-  show python -m data_prep.tokenize_to_mds --input "$corpus" --tokenizer "$out/tokenizer.json" --output "$out/data" --seq_len 512 --validation_fraction 0.02
+  show python -m data_prep.tokenize_to_mds --input "$corpus" --tokenizer "$out/tokenizer.json" --output "$out/data" --seq_len 512 --validation_fraction 0.05
 
 train=(deepspeed --num_gpus "$ranks" recipes/t4_moe.py --ds_config ds_configs/zero2.json --data "$out/data"
   --output "$out/run" --steps "$steps" --schedule.warmup_steps $((steps / 20)) --validate_every_steps $((steps / 4 + 1))
-  --validation_samples 16 "${layout[@]}")
+  --validation_samples 64 "${layout[@]}")
 show "${train[@]}" --stop_at_step $((steps / 2))
 echo "stopped half way; the same command goes on from its checkpoint"
 show "${train[@]}"

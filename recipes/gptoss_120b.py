@@ -1,21 +1,22 @@
 """A 120B mixture-of-experts model in the style of GPT-OSS: 16 experts of which each token takes 2.
 
-64 layers, width 4096, 64 heads over 8 key-value heads; vocabulary and context as in `gptoss_20b`. The expert width
-makes the total 120B; an eighth of the expert weights are active, 18.6B in all. Blocks run again in the backward pass:
-what they would keep of one sequence of 8,192 tokens is more than a GPU of 80 GB has (`python -m mosaic_dist plan`).
+64 layers, width 4096, 64 heads; vocabulary, context and tied embeddings as in `gptoss_20b`. The expert width is the
+multiple of 128 that brings the total nearest to 120B; an eighth of the expert weights are active, 19.4B in all. Blocks
+run again in the backward pass: what they would keep of one sequence of 8,192 tokens is more than a GPU of 80 GB has
+(`python -m mosaic_dist plan`). The overrides of `gptoss_20b` make the grouped, untied form of this one too, 118.4B.
 """
 
 from dataclasses import replace
 
 from gptoss_20b import run
 
-from mosaic_dist.model import GQA, Block, MoE, Recompute, SwiGLU
+from mosaic_dist.model import MHA, Block, MoE, Recompute, SwiGLU
 from mosaic_dist.parallel.spec import Parallel
 from mosaic_dist.run import main
 
 block = Block(
-    attention=GQA(heads=64, kv_heads=8, head_width=64),
-    ffn=MoE(expert=SwiGLU(width=9216), experts=16, top_k=2, balance_weight=0.01),
+    attention=MHA(heads=64),
+    ffn=MoE(expert=SwiGLU(width=9088), experts=16, top_k=2, balance_weight=0.01),
 )
 model = replace(run.model, dim=4096, blocks=64 * (block,))
 run = replace(

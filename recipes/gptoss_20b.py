@@ -1,19 +1,22 @@
 """A 20B mixture-of-experts model in the style of GPT-OSS: 8 experts of which each token takes 2.
 
-32 layers, width 2048, 32 heads over 8 key-value heads, vocabulary 200,000, context 131,072. The expert width makes the
-total 20B; a quarter of the expert weights are active, 5.9B in all.
+32 layers, width 2048, 32 heads, vocabulary 200,000 with tied embeddings, context 131,072. The expert width is the
+multiple of 128 that brings the total nearest to 20B; a quarter of the expert weights are active, 5.7B in all.
+
+For long sequences there is a form with 8 key-value heads and an output table of its own, 20.3B in all:
+`--model.blocks.attention gqa --model.blocks.attention.kv_heads 8 --model.head linear`.
 """
 
 from mosaic_dist.checkpoint import CheckpointPolicy
 from mosaic_dist.data import Data
-from mosaic_dist.model import GQA, Block, MoE, RMSNorm, RoPE, SwiGLU, Transformer, Untied
+from mosaic_dist.model import MHA, Block, MoE, RMSNorm, RoPE, SwiGLU, Tied, Transformer
 from mosaic_dist.optim import AdamW, Cosine
 from mosaic_dist.run import main
 from mosaic_dist.run_spec import Run
 
 block = Block(
-    attention=GQA(heads=32, kv_heads=8),
-    ffn=MoE(expert=SwiGLU(width=12_032), experts=8, top_k=2, balance_weight=0.01),
+    attention=MHA(heads=32),
+    ffn=MoE(expert=SwiGLU(width=12_160), experts=8, top_k=2, balance_weight=0.01),
 )
 
 run = Run(
@@ -25,7 +28,7 @@ run = Run(
         position=RoPE(base=150_000.0),
         blocks=32 * (block,),
         norm=RMSNorm(),
-        head=Untied(),
+        head=Tied(),
     ),
     data=Data(seq_len=8192),
     optimizer=AdamW(learning_rate=3e-4, weight_decay=0.1, clip_norm=1.0),

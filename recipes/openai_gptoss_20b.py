@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from gptoss_20b import run
 
-from mosaic_dist.model import GQA, Block, ClampedSwiGLU, MoE, RMSNorm, RoPE, TopKSoftmax, YaRN
+from mosaic_dist.model import GQA, Block, ClampedSwiGLU, MoE, RMSNorm, RoPE, TopKSoftmax, Untied, YaRN
 from mosaic_dist.run import main
 
 sliding = Block(
@@ -23,6 +23,7 @@ model = replace(
     position=RoPE(base=150_000.0, scaling=YaRN(factor=32.0, original_context=4096, truncate=False)),
     norm=RMSNorm(eps=1e-5),
     blocks=12 * (sliding, full),
+    head=Untied(),
 )
 run = replace(run, name="openai_gptoss_20b", model=model)
 

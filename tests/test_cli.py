@@ -6,7 +6,9 @@ import pytest
 
 from mosaic_dist.cli import run_command, run_subcommand
 from mosaic_dist.errors import UserError
-from mosaic_dist.spec import Positive
+from mosaic_dist.model import SwiGLU
+from mosaic_dist.spec import Positive, override
+from recipes.t4_moe import run
 
 calls: list[Any] = []
 
@@ -24,6 +26,11 @@ def tool(path: str, count: Positive = 3, mode: Literal["a", "b"] = "a", flag: bo
     return path
 
 
+def optional(name: str | None = "x") -> str | None:
+    """Take a name or none."""
+    return name
+
+
 def gather(*more: str, **rest: Any) -> tuple[Any, ...]:
     """Take everything."""
     return more, rest
@@ -39,8 +46,35 @@ def test_words_become_typed_arguments():
     assert calls == [("x", 4, "a", True)]
     assert run_command(gather, "gather", ["a", "b", "--model.blocks.ffn.top_k", "1", "--model.norm=layernorm"]) == (
         ("a", "b"),
-        {"model.blocks.ffn.top_k": 1, "model.norm": "layernorm"},
+        {"model.blocks.ffn.top_k": "1", "model.norm": "layernorm"},
     )
+
+
+WORDS = ["e #3", "hello # world", "123", "2026", "1e-3", "True", "a,b", "[a, b]", "{x: 1}", "'quoted'", "-", "", "a=b"]
+
+
+@pytest.mark.parametrize("word", WORDS)
+@pytest.mark.parametrize("form", ["apart", "joined"])
+def test_text_is_taken_as_it_stands(word, form):
+    words = ["--path", word] if form == "apart" else [f"--path={word}"]
+    assert run_command(tool, "tool", words) == word
+    assert run_command(gather, "gather", [word, "b"]) == ((word, "b"), {})
+    _, changes = run_command(gather, "gather", [f"--logging.project={word}", "--steps", "30000", "--name", word])
+    changed = override(run, changes)
+    assert (changed.logging.project, changed.name, changed.steps) == (word, word, 30_000)
+
+
+def test_other_fields_are_read_by_their_types():
+    words = "--optimizer.learning_rate 1e-3 --data.shuffle=False --logging.trackers [wandb] --batch_ramp None".split()
+    _, changes = run_command(gather, "gather", [*words, "--model.blocks.ffn", "{type: swiglu, width: 64}"])
+    changed = override(run, changes)
+    assert (changed.optimizer.learning_rate, changed.data.shuffle, changed.logging.trackers) == (
+        1e-3,
+        False,
+        ("wandb",),
+    )
+    assert (changed.batch_ramp, changed.model.blocks[0].ffn) == (None, SwiGLU(width=64))
+    assert run_command(optional, "optional", ["--name", "None"]) is None
 
 
 @pytest.mark.parametrize(
@@ -52,6 +86,7 @@ def test_words_become_typed_arguments():
         (["--path", "x", "--mode", "c"], "--mode: 'c' is not one of 'a', 'b'"),
         (["--count", "4"], "--path is needed"),
         (["x"], "unexpected word 'x'"),
+        (["--path", "--count", "4"], "--path: expected str, got True (bool)"),
     ],
 )
 def test_wrong_words_are_one_message_and_nothing_runs(words, says, capsys):

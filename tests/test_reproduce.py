@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from mosaic_dist.errors import UserError
-from mosaic_dist.reproduce.circumstances import changes, check_data, read_run
+from mosaic_dist.reproduce.circumstances import changes, check_data, read_folder
 from mosaic_dist.reproduce.command import launch, own_config, reproduce
 from mosaic_dist.reproduce.comparison import Difference, compare, relative
 from mosaic_dist.spec import override
@@ -72,7 +72,7 @@ def test_a_run_is_made_again_and_a_changed_number_is_found(run, tmp_path, capsys
 
 
 def test_other_data_is_refused(run, sums, tmp_path):
-    folder, recipe = read_run(str(run))
+    folder, recipe = read_folder(str(run))
     assert "have the digests of step 5" in check_data(recipe, folder)
     make_sums(tmp_path / "fewer", 99)
     moved = override(recipe, {"data.path": str(tmp_path / "fewer")})
@@ -81,7 +81,7 @@ def test_other_data_is_refused(run, sums, tmp_path):
     shutil.copytree(sums, tmp_path / "copy")
     assert "digests of step 5" in check_data(override(recipe, {"data.path": str(tmp_path / "copy")}), folder)
     with pytest.raises(UserError, match=r"it has no run\.yaml"):
-        read_run(str(tmp_path))
+        read_folder(str(tmp_path))
 
 
 def test_what_an_environment_has_otherwise_is_listed():

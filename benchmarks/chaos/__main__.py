@@ -72,7 +72,7 @@ def chaos(
     --work DIR           where runs and logs go, an empty folder; without it one that is removed if all is well
     --output FILE        write the table there as well, as Markdown
     """
-    launchers = (launcher,) if isinstance(launcher, str) else launcher
+    launchers = launcher.split(",") if isinstance(launcher, str) else launcher
     if unknown := set(launchers) - set(LAUNCHERS):
         raise UserError(f"--launcher {','.join(sorted(unknown))}: known are {', '.join(LAUNCHERS)}")
     folder = Path(work or tempfile.mkdtemp(prefix="chaos_")).resolve()

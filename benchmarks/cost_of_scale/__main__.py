@@ -80,7 +80,7 @@ def cost_of_scale(
     --limit_gib X         of the tensors of one step
     --output FILE         where to write the page; JSON and the picture lie beside it
     """
-    chosen = choose((axes,) if isinstance(axes, str) else axes)
+    chosen = choose(axes.split(",") if isinstance(axes, str) else axes)
     limit = Cost(limit_seconds, limit_seconds, limit_gib * 2**30, limit_gib * 2**30)
     world = join_world(600)
     found: dict[str, dict[int, Cost]] = {}

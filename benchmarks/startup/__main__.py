@@ -150,7 +150,7 @@ def startup(
         folder = Path(place)
         data = make_data(folder)
         for number in range(rounds):
-            for launcher in (launchers,) if isinstance(launchers, str) else launchers:
+            for launcher in launchers.split(",") if isinstance(launchers, str) else launchers:
                 one = start(launcher, recipe, data, folder / f"{launcher}_{number}", ranks, words)
                 found.setdefault(launcher, []).append(one)
         compiled = sorted(path.parent.name for path in (folder / "compiled").rglob("build.ninja"))

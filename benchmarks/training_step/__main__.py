@@ -45,7 +45,7 @@ def training_step(
     --against FILE        also compare with results that --output wrote
     """
     scale = ("full" if torch.cuda.is_available() else "cpu") if scale == "auto" else scale
-    names = (recipes,) if isinstance(recipes, str) else recipes
+    names = recipes.split(",") if isinstance(recipes, str) else recipes
     for name in names:
         if name not in SIZES[scale]:
             raise UserError(f"no recipe {name!r} here; {nearest(name, list(SIZES[scale]))}")

@@ -16,8 +16,8 @@ from mosaic_dist.errors import UserError
 from mosaic_dist.evaluate.generate import Sampling
 from mosaic_dist.evaluate.generate import generate as generate_tokens
 from mosaic_dist.model import Transformer
-from mosaic_dist.run_spec import Run
-from mosaic_dist.spec import Fraction, NonNegativeFloat, Positive, PositiveFloat
+from mosaic_dist.run_spec import import_recipe, read_run
+from mosaic_dist.spec import Fraction, NonNegativeFloat, Positive, PositiveFloat, recipe_asked_for
 
 
 def export(
@@ -30,6 +30,7 @@ def export(
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32",
     max_shard_size: str = "5GB",
     ternary: Literal["float", "packed"] = "float",
+    recipe: str | None = None,
 ) -> None:
     """Write a run's weights as safetensors, with configuration and tokenizer.
 
@@ -45,7 +46,9 @@ def export(
     --dtype TYPE          fp32 (as trained), bf16 or fp16
     --max_shard_size SIZE where to cut into several files, as 5GB or 500MB
     --ternary FORM        float, or packed: ternary matrices in 1.6 bits per weight, for native only
+    --recipe FILE         the Python file that defines parts of the run's own, if it has any; its code is run
     """
+    import_recipe(recipe)
     size = parse_size(max_shard_size)
     if format == "hf" and ternary != "float":
         raise UserError(f"--ternary {ternary} is for --format native; transformers cannot read packed matrices")
@@ -60,7 +63,7 @@ def export(
         print(f"exported {model} to {path}")
     else:
         folder, chosen = choose_checkpoint(run, checkpoint, step)
-        described = Run.from_yaml((folder / RUN_YAML).read_text())
+        described = read_run(folder / RUN_YAML)
         tokenizer = folder / "tokenizer.json"
         if format == "hf":
             path = export_folder(described.model, CheckpointTensors(chosen), output, dtype, tokenizer, size)
@@ -76,7 +79,8 @@ def _open_exported(folder: Path) -> tuple[Transformer, Mapping[str, Tensor]]:
     config = read_exported_config(folder)
     if config.get("ternary") == "packed":
         raise UserError(f"{folder} holds packed ternary matrices, which transformers cannot read; export the run")
-    return Transformer.from_dict(config["model"]), SafetensorsFolder(folder)
+    with recipe_asked_for():
+        return Transformer.from_dict(config["model"]), SafetensorsFolder(folder)
 
 
 def import_model(
@@ -111,6 +115,7 @@ def generate(
     top_p: Fraction | None = None,
     repetition_penalty: PositiveFloat = 1.0,
     seed: int = 0,
+    recipe: str | None = None,
 ) -> None:
     """Continue a text with an exported model.
 
@@ -122,7 +127,9 @@ def generate(
     --top_p P             draw from the most likely tokens that together have probability P
     --repetition_penalty X  above 1: tokens that were there become less likely
     --seed N              of the draws
+    --recipe FILE         the Python file that defines parts of the model's own, if it has any; its code is run
     """
+    import_recipe(recipe)
     tokenizer = Tokenizer.load(model)
     network = load_exported(model)
     tokens = tokenizer.encode_prompt(prompt)

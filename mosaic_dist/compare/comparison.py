@@ -40,7 +40,7 @@ def by_loss(comparison: Comparison) -> list[Variant]:
 
 
 def _cells(comparison: Comparison, variant: Variant) -> list[str]:
-    stories, counts = variant.stories, variant.stories[0].counts
+    stories, first = variant.stories, variant.stories[0]
     speeds = [statistics.median(told) for story in stories if (told := story.told("tokens_per_second"))]
     peaks = [max(told) for story in stories if (told := story.told("memory_bytes"))]
     at_tokens, *at_others = (shown(comparison.loss_at(variant, axis)) for axis in POINTS)
@@ -52,8 +52,8 @@ def _cells(comparison: Comparison, variant: Variant) -> list[str]:
         "" if variant is comparison.baseline else _signed(comparison.against_baseline(variant)),
         *at_others,
         shown(spread(speeds), 0) if speeds else "",
-        f"{counts.total:,}",
-        f"{counts.active:,}",
+        f"{first.parameters:,}",
+        f"{first.active_parameters:,}",
         f"{max(peaks) / MIB:,.0f}" if peaks else "",
     ]
 

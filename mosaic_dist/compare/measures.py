@@ -4,7 +4,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy
@@ -12,7 +12,7 @@ import numpy
 from mosaic_dist.compare.story import Axis, Story
 from mosaic_dist.errors import UserError
 from mosaic_dist.run_spec import differences
-from mosaic_dist.spec import nearest, override
+from mosaic_dist.spec import nearest
 from mosaic_dist.train.plot import EMA_HALF_LIFE_SHARE, smooth
 
 POINTS: tuple[Axis, ...] = ("tokens", "flops", "time")
@@ -62,7 +62,7 @@ def seedless(story: Story) -> str:
 
 
 def _differ(one: Story, other: Story) -> bool:
-    mine = override(one.run, {"name": other.run.name, "seed": other.run.seed})
+    mine = replace(one.run, name=other.run.name, seed=other.run.seed)
     return next(differences(mine, other.run), None) is not None
 
 

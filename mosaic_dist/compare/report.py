@@ -71,7 +71,7 @@ def summarize(story: Story) -> dict[str, str]:
     speeds, seconds = story.told("tokens_per_second"), story.along("time")[-1]
     ema = smooth(story.column("loss"), max(2.0, EMA_HALF_LIFE_SHARE * len(story.records)))[-1]
     rows = {
-        "parameters": f"{story.counts.total:,} in all, {story.counts.active:,} active for a token",
+        "parameters": f"{story.parameters:,} in all, {story.active_parameters:,} active for a token",
         "steps": f"{last['step']:,} of {run.steps:,}",
         "tokens": f"{last['tokens']:,}",
         "training loss": f"{last['loss']:.4f} at the last step, {ema:.4f} smoothed",

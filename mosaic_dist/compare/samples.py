@@ -32,7 +32,7 @@ def write_samples(story: Story, count: int, prompt: str, model: str | None) -> S
     file = story.path / FILE_NAME
     if not file.exists():
         return Samples(f"No samples: {file} is missing.", [])
-    needed = 4 * story.counts.total
+    needed = 4 * story.parameters
     if needed > LARGEST_BYTES:
         return Samples(f"No samples: the weights would take {needed / 1e9:,.0f} GB.", [])
     try:

@@ -20,7 +20,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mosaic_dist.cli import parse_words
 from mosaic_dist.compare.story import read_spec
 from mosaic_dist.data.settings import read_data_word
 from mosaic_dist.errors import UserError
@@ -156,10 +155,8 @@ def _check_folder(one: Planned) -> None:
 
 
 def written(value: Any) -> str:
-    """A value as the command line takes it: `parse_words` makes the same of it again."""
-    if isinstance(value, str):
-        return value if parse_words([f"--value={value}"])[1] == {"value": value} else repr(value)
-    return _nested(value)
+    """A value as the command line takes it: a field of its type makes the same of it again."""
+    return value if isinstance(value, str) else _nested(value)
 
 
 def _nested(value: Any) -> str:

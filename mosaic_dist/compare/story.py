@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from mosaic_dist.convert.locate import RUN_YAML, locate
 from mosaic_dist.errors import UserError
-from mosaic_dist.model import Counts, count_parameters, flops_per_token
-from mosaic_dist.run_spec import Run
-from mosaic_dist.spec import S
+from mosaic_dist.model import count_parameters, flops_per_token
+from mosaic_dist.run_spec import ENVIRONMENT_JSON, Run, read_run, recorded
+from mosaic_dist.spec import S, holds_unknown, unknown_parts_kept
 from mosaic_dist.train.expert_plot import ExpertHistory, split_experts
 from mosaic_dist.train.folder import RunFolder
 from mosaic_dist.train.metrics import each_record
@@ -38,14 +38,35 @@ class Story:
     experts: ExpertHistory
 
     @functools.cached_property
-    def counts(self) -> Counts:
-        """Of the model's parameters."""
-        return count_parameters(self.run.model)
+    def parameters(self) -> int:
+        """Of the whole model."""
+        if holds_unknown(self.run):
+            return self._recorded("parameters")
+        return count_parameters(self.run.model).total
+
+    @functools.cached_property
+    def active_parameters(self) -> int:
+        """Those that one token meets."""
+        if holds_unknown(self.run):
+            return self._recorded("active_parameters")
+        return count_parameters(self.run.model).active
 
     @functools.cached_property
     def flops_per_token(self) -> float:
         """The model's own, forward and backward: those that MFU is made of."""
+        if holds_unknown(self.run):
+            return self._recorded("flops_per_token")
         return flops_per_token(self.run.model, self.run.seq_len)
+
+    def _recorded(self, key: str) -> Any:
+        """What the run's start recorded, for a model with parts that are not known here."""
+        found = recorded(self.path)
+        if key not in found:
+            raise UserError(
+                f"{self.path / ENVIRONMENT_JSON} has no {key}, and the model of {self.run.name} has parts that are not "
+                "known here; leave this run out"
+            )
+        return found[key]
 
     def column(self, key: str) -> list[float]:
         """A figure of all records; NaN where one does not have it."""
@@ -89,7 +110,8 @@ def read_story(folder: str | Path) -> Story:
     if found.run is None:
         raise UserError(f"{folder} is no run folder but a {found.kind}; give the run's")
     place = RunFolder(found.run)
-    run = read_spec(Run, place.run_yaml)
+    with unknown_parts_kept():  # curves and records need no model
+        run = read_run(place.run_yaml)
     records, experts = split_experts(_checked(place.metrics))
     if not records:
         raise NoRecordsError(f"{place.metrics} has no records: the run has not taken a step yet")

@@ -26,6 +26,7 @@ from mosaic_dist.data.tokenizer import Tokenizer
 from mosaic_dist.errors import UserError
 from mosaic_dist.files import check_new_directory, publish_directory, write_atomic
 from mosaic_dist.model import Transformer, TransformerModel, materialize
+from mosaic_dist.spec import recipe_asked_for
 
 FORMAT_VERSION = 1
 Ternary = Literal["float", "packed"]
@@ -164,7 +165,8 @@ def load_exported(path: str | Path) -> TransformerModel:
     """
     path = Path(path)
     config = read_exported_config(path)
-    model, dtype = _on_meta(Transformer.from_dict(config["model"])), DTYPES[config["dtype"]]
+    with recipe_asked_for():
+        model, dtype = _on_meta(Transformer.from_dict(config["model"])), DTYPES[config["dtype"]]
     materialize(model, torch.device("cpu"))
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)

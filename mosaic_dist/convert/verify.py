@@ -13,7 +13,7 @@ from mosaic_dist.convert.reading import open_safetensors, prove_file, read_check
 from mosaic_dist.convert.writing import CHECKSUMS
 from mosaic_dist.errors import UserError
 from mosaic_dist.model import Transformer
-from mosaic_dist.spec import at
+from mosaic_dist.spec import at, recipe_asked_for
 
 
 def verify(found: Located, model: Transformer | None, threads: int) -> list[Path]:
@@ -89,7 +89,7 @@ def _check_tensors(folder: Path) -> None:
     if config.get("model_type") != "mosaic_dist":
         import_folder(folder, prove=False)  # checks names against the configuration
         return
-    with at(f"{folder / 'config.json'}: model"):
+    with recipe_asked_for(), at(f"{folder / 'config.json'}: model"):
         model = Transformer.from_dict(config.get("model", {}))
     expected = planned_tensors(model, config["dtype"], config.get("ternary", "float"))
     wanted = {name: (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in expected}

@@ -181,13 +181,11 @@ def _failed(name: str, split: str, error: Exception) -> UserError:
     return UserError(f"dataset {name!r}, split {split!r}: {type(error).__name__}: {error}")
 
 
-def choose_documents(
-    inputs: str | tuple[str, ...] | None, more: Iterable[Any], dataset: str | None, split: str, field: str
-) -> Documents:
+def choose_documents(inputs: str | None, more: Iterable[str], dataset: str | None, split: str, field: str) -> Documents:
     """Documents as the tools' command lines name them: `--input a,b` with further words, or `--dataset`."""
-    listed = [inputs] if isinstance(inputs, str) and os.path.exists(inputs) else inputs  # a name may hold a comma
-    names = listed.split(",") if isinstance(listed, str) else list(listed or ())
-    names += map(str, more)
+    inputs = inputs or ""
+    named = [inputs] if os.path.exists(inputs) else inputs.split(",")  # a name may hold a comma
+    names = [*filter(None, named), *more]
     if (dataset is None) == (not names):
         raise UserError("give the text either with --input (files, folders, globs) or with --dataset (Hugging Face)")
     if dataset is not None:

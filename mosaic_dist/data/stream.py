@@ -134,7 +134,10 @@ def _batches(
 
 
 class ValidationBatches:
-    """Every sample of a split once, in file order; the first `limit` if given. Can be iterated again and again.
+    """Samples of a split in file order, each once: all, or `limit` evenly spread ones. Can be iterated again and again.
+
+    A file holds its documents in the order of their sources, so its first samples do not stand for it. `seed` alone
+    decides which ones are taken, not the number of ranks or the batch.
 
     A step takes `batch` samples per rank, shared out as in training. All ranks make the same number of batches of the
     same shape: rows that fill up the last one have IGNORE_INDEX in every target and FILLER as their number, so a sum
@@ -152,12 +155,14 @@ class ValidationBatches:
         split: str = VALIDATION,
         seq_len: int | None = None,
         limit: int | None = None,
+        seed: int = 0,
         device: torch.device | None = None,
     ):
         """`seq_len` defaults to that of `data`; see `Loader` for `device`."""
         _check_shares(batch * world_size, rank, world_size)
         self.shards = Shards(info, split, data.seq_len if seq_len is None else seq_len, data.verify == "hashes")
         self.samples = len(self.shards) if limit is None else min(limit, len(self.shards))
+        self.offset = int(np.random.default_rng(seed).integers(len(self.shards)))
         self.batch, self.rank, self.world_size, self.workers = batch, rank, world_size, data.workers
         self.document_end, self.device = data.document_end(info), device
 
@@ -170,7 +175,8 @@ class ValidationBatches:
     def _steps(self) -> Iterator[np.ndarray]:
         for step in range(len(self)):
             numbers = np.arange(self.batch) + (step * self.world_size + self.rank) * self.batch
-            yield np.where(numbers < self.samples, numbers, FILLER)
+            spread = (numbers * len(self.shards) + self.offset) // self.samples  # numbers itself where all are taken
+            yield np.where(numbers < self.samples, spread, FILLER)
 
 
 def _check_shares(global_batch: int, rank: int, world_size: int) -> None:

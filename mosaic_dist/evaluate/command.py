@@ -15,6 +15,7 @@ from mosaic_dist.evaluate.subject import Subject
 from mosaic_dist.evaluate.suite import Suite, render, run_suite
 from mosaic_dist.files import check_output_directory, check_output_file, write_atomic
 from mosaic_dist.parallel import World, leave_world
+from mosaic_dist.run_spec import import_recipe
 from mosaic_dist.spec import Positive, SpecError, nearest
 
 FAILED_EXIT_CODE = 1
@@ -29,6 +30,7 @@ def evaluate(
     json_output: str | None = None,
     suite: str | None = None,
     output: str | None = None,
+    recipe: str | None = None,
     local_rank: int | None = None,  # the deepspeed launcher's own word; the environment says the same
     **options: Any,
 ) -> None:
@@ -38,6 +40,7 @@ def evaluate(
     --run DIR             or a run folder: its newest checkpoint, without an export
     --step N              of --run: a checkpoint other than the newest
     --json_output FILE    where to write the figures
+    --recipe FILE         the Python file that defines parts of the model's own, if it has any; its code is run
 
     --task exact_match    share of answers that are right to the letter, decoding greedily
     --data DIR            dataset made by `python -m data_prep.arithmetic`
@@ -68,6 +71,7 @@ def evaluate(
                           recipes/suites. Exit code 1 if one of them fails; the others are made
     --output DIR          where a suite writes results.md and results.json; evaluations/NAME by default
     """
+    import_recipe(recipe)
     subject = read_subject(model, run, step)
     if suite is None:
         if subject is None:

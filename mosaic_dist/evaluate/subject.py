@@ -21,7 +21,7 @@ from mosaic_dist.convert.weights import DTYPES, CheckpointTensors
 from mosaic_dist.data.tokenizer import Tokenizer
 from mosaic_dist.errors import UserError
 from mosaic_dist.model import Transformer, TransformerModel, materialize
-from mosaic_dist.run_spec import Run
+from mosaic_dist.run_spec import read_run
 from mosaic_dist.spec import Positive, Spec, SpecError
 
 Dtype = Literal["fp32", "bf16"]
@@ -115,7 +115,7 @@ def _open_hugging_face(model: str) -> Opened:
 
 def _open_run(run: str, step: int | None) -> Opened:
     folder, checkpoint = choose_checkpoint(run, None, step)
-    spec = Run.from_yaml((folder / RUN_YAML).read_text()).model
+    spec = read_run(folder / RUN_YAML).model
     tensors = CheckpointTensors(checkpoint)
 
     @contextlib.contextmanager

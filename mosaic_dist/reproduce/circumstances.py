@@ -8,7 +8,7 @@ from mosaic_dist.checkpoint import newest
 from mosaic_dist.data.stream import Loader
 from mosaic_dist.data.tokenizer import Tokenizer
 from mosaic_dist.errors import UserError
-from mosaic_dist.run_spec import Run
+from mosaic_dist.run_spec import Run, read_run
 from mosaic_dist.train.folder import RunFolder
 
 CHANGES_NUMBERS = {
@@ -82,10 +82,10 @@ def check_data(run: Run, folder: RunFolder) -> str:
     return f"{corpus.path}: tokenizer, samples and their order have the digests of step {checkpoint.step}"
 
 
-def read_run(path: str) -> tuple[RunFolder, Run]:
+def read_folder(path: str) -> tuple[RunFolder, Run]:
     """A run folder and its run. UserError where files are missing."""
     folder = RunFolder(path)
     for name in ("run.yaml", "environment.json", "ds_config.json", "metrics.jsonl"):
         if not (Path(path) / name).exists():
             raise UserError(f"{path} cannot be reproduced: it has no {name}; give the folder of a run that has trained")
-    return folder, Run.from_yaml(folder.run_yaml.read_text())
+    return folder, read_run(folder.run_yaml)

@@ -15,8 +15,9 @@ from mosaic_dist.errors import UserError
 from mosaic_dist.files import check_new_directory, write_atomic
 from mosaic_dist.parallel.deepspeed_config import OWN_KEYS
 from mosaic_dist.parallel.world import free_port
-from mosaic_dist.reproduce.circumstances import Change, changes, check_data, read_run
+from mosaic_dist.reproduce.circumstances import Change, changes, check_data, read_folder
 from mosaic_dist.reproduce.comparison import Comparison, compare
+from mosaic_dist.run_spec import import_recipe
 from mosaic_dist.spec import NonNegativeFloat, Positive, override
 from mosaic_dist.train.folder import RunFolder, environment
 from mosaic_dist.train.metrics import read_metrics
@@ -34,6 +35,7 @@ def reproduce(
     launcher: str = "auto",
     tolerance: NonNegativeFloat = 0.0,
     dry_run: bool = False,
+    recipe: str | None = None,
 ) -> None:
     """Run a run again from its own folder, and compare the numbers of every step.
 
@@ -48,10 +50,12 @@ def reproduce(
                           the ranks, as "srun --ntasks 16". auto: python for one rank, else torchrun
     --tolerance X         largest relative difference that passes; 0, bitwise equal, by default
     --dry_run             check environment and data, print the command, and stop
+    --recipe FILE         the Python file that defines parts of the run's own, if it has any; its code is run
     """
+    import_recipe(recipe)
     if len(folder) != 1:
         raise UserError("give one run, as `reproduce runs/t4_moe`")
-    there, run = read_run(str(folder[0]))
+    there, run = read_folder(str(folder[0]))
     here = RunFolder(output or f"{there.path}_again")
     check_new_directory(here.path)
     facts = json.loads((there.path / "environment.json").read_text())
@@ -63,6 +67,7 @@ def reproduce(
         raise UserError(f"{there.path} cannot be reproduced: it has not made a step yet")
     until_step = min(records[-1]["step"], steps or records[-1]["step"])
     flags = arguments(there, here, facts, until_step) + ([] if data is None else ["--data", data])
+    flags += [] if recipe is None else ["--recipe", recipe]
     run_again([*launch(launcher, facts["world_size"]), *flags], there, here, dry_run)
     if not dry_run and not judge(
         there, here, compare(records, read_metrics(here.metrics), until_step), changed, tolerance

@@ -16,7 +16,7 @@ from mosaic_dist.credentials import mask
 from mosaic_dist.data.tokenizer import Tokenizer
 from mosaic_dist.errors import UserError
 from mosaic_dist.files import ASIDE, check_output_directory, write_atomic
-from mosaic_dist.run_spec import Run, differences, listing
+from mosaic_dist.run_spec import ENVIRONMENT_JSON, Run, differences, listing, read_run
 from mosaic_dist.train.lock import FolderLock, Holder
 
 PACKAGES = ("mosaic-dist", "torch", "deepspeed", "mosaicml-streaming", "tokenizers", "safetensors", "numpy")
@@ -46,11 +46,7 @@ class RunFolder:
         check_output_directory(self.path)
         refuse_unknown_formats(self.checkpoints)
         if self.run_yaml.exists():
-            try:
-                there = Run.from_yaml(self.run_yaml.read_text())
-            except UserError as error:
-                raise UserError(f"{self.run_yaml}: {error}") from None
-            found = list(differences(there, run))
+            found = list(differences(read_run(self.run_yaml), run))
             if found:
                 raise UserError(f"{self.path} holds another run; choose another --output.{listing(found)}")
         elif self.path.exists() and not self._is_barely_begun():
@@ -75,7 +71,7 @@ class RunFolder:
         """Write the resolved run, the DeepSpeed config, the environment and the tokenizer; credentials are masked."""
         write_atomic(self.run_yaml, run.to_yaml())
         write_atomic(self.path / "ds_config.json", mask(json.dumps(config, indent=2)) + "\n")
-        write_atomic(self.path / "environment.json", json.dumps(environment() | facts, indent=2) + "\n")
+        write_atomic(self.path / ENVIRONMENT_JSON, json.dumps(environment() | facts, indent=2) + "\n")
         diff = _git("diff", "HEAD")
         if diff:
             write_atomic(self.path / "git.diff", mask(diff) + "\n")

@@ -14,7 +14,8 @@ from mosaic_dist.data.mixture import Corpus, parts_of
 from mosaic_dist.data.stream import Loader, ValidationBatches
 from mosaic_dist.model import Counts, flops_per_token
 from mosaic_dist.parallel import Engine, World, gather_problems, on_main
-from mosaic_dist.run_spec import Run
+from mosaic_dist.run_spec import OWN_PARTS, Run
+from mosaic_dist.spec import own_parts
 from mosaic_dist.train.folder import RunFolder
 from mosaic_dist.train.initial import InitialWeights, fill, verify_together
 from mosaic_dist.train.interruption import INTERRUPTED_EXIT_CODE, LOOK_SECONDS, Deadline, StopSignals
@@ -69,7 +70,12 @@ def train_run(start: Start, world: World) -> Trainer:
     checkpoint = newest_good(folder, world)
     trainer = begin(run, start.info, engine, checkpoint, min(run.steps, start.stop_at_step or run.steps))
     peak, peak_source = peak_flops_per_second(world.device)
-    facts = engine_facts(engine, start.counts) | {"peak_flops_per_second": peak, "peak_source": peak_source}
+    facts = engine_facts(engine, start.counts) | {
+        "flops_per_token": flops_per_token(run.model, run.seq_len),
+        "peak_flops_per_second": peak,
+        "peak_source": peak_source,
+        OWN_PARTS: own_parts(run),
+    }
     on_main(world, lambda: folder.describe(run, start.config, facts, start.info.tokenizer_path))
     say(world, how_it_begins(trainer, start.counts, folder))
     if not trainer.is_ending:
@@ -78,7 +84,7 @@ def train_run(start: Start, world: World) -> Trainer:
         saver = Saver(folder, start.deadline, trainer)
         watch = Watch(world, run.parallel.step_limit_seconds, folder.path)
         trainer.entered = watch.enter
-        speed = Speed(flops_per_token(run.model, run.seq_len), peak)
+        speed = Speed(facts["flops_per_token"], peak)
         try:
             trainer.train(make_hooks(trainer, folder, start.info, speed, saver, trackers))
         finally:
@@ -117,6 +123,8 @@ def how_it_begins(trainer: Trainer, counts: Counts, folder: RunFolder) -> str:
         f"{trainer.run.dealt(engine.world.size)}, expert parallel {engine.degree}, ZeRO {engine.zero_stage}; "
         f"steps {progress.step} to {trainer.until_step} of {trainer.run.steps} in {folder.path}"
     )
+    for kind, file in own_parts(trainer.run).items():
+        told += f"\n{kind} is defined in {file}: commands that build this run's model need --recipe {file}"
     if not trainer.is_ending:
         compiles = trainer.run.parallel.compile_blocks
         return told + ("\ncompiling blocks in the first step: it may take minutes" if compiles else "")
@@ -177,29 +185,32 @@ def begin(run: Run, info: Corpus, engine: Engine, checkpoint: Checkpoint | None,
     return Trainer(run, engine, loader, progress, until_step)
 
 
+def held_out_streams(run: Run, info: Corpus, engine: Engine, samples: int | None) -> list[HeldOutStream]:
+    """Held-out rows of each stream of the training data, at most `samples` (None: all), as batches of this rank."""
+    parts = parts_of(info, run.data.split)
+    whole = sum(part.proportion for part in parts)
+    batches = functools.partial(
+        ValidationBatches,
+        run.data,
+        batch=run.micro_batch,
+        rank=engine.sequences.data_rank,
+        world_size=engine.sequences.data_ranks,
+        seq_len=run.seq_len,
+        limit=samples,
+        seed=run.seed,
+        device=engine.world.device,
+    )
+    return [HeldOutStream(part.name, part.proportion / whole, batches(part.info)) for part in parts]
+
+
 def make_hooks(
     trainer: Trainer, folder: RunFolder, info: Corpus, speed: Speed, saver: Saver, trackers: list[Tracker]
 ) -> list[Hook]:
     """What happens after each step, in this order. The main process alone reports."""
     run, world, step = trainer.run, trainer.engine.world, trainer.progress.step
-
-    def first(samples: int | None) -> list[HeldOutStream]:
-        parts = parts_of(info, run.data.split)
-        whole = sum(part.proportion for part in parts)
-        batches = functools.partial(
-            ValidationBatches,
-            run.data,
-            batch=run.micro_batch,
-            rank=trainer.engine.sequences.data_rank,
-            world_size=trainer.engine.sequences.data_ranks,
-            seq_len=run.seq_len,
-            limit=samples,
-            device=world.device,
-        )
-        return [HeldOutStream(part.name, part.proportion / whole, batches(part.info)) for part in parts]
-
-    held_out = first(run.validation_samples or None) if run.validate_every_steps else []
-    questions = first(run.exact_match_samples) if run.exact_match_samples else []
+    streams = functools.partial(held_out_streams, run, info, trainer.engine)
+    held_out = streams(run.validation_samples or None) if run.validate_every_steps else []
+    questions = streams(run.exact_match_samples) if run.exact_match_samples else []
     hooks: list[Hook] = [NonfiniteGuard(run.nonfinite), Validation(held_out, questions)]
     if world.is_main:
         if run.parallel.compile_blocks:

@@ -135,7 +135,6 @@ def test_command_line_inputs(tmp_path):
     a, b = write(tmp_path / "a.txt", b"a"), write(tmp_path / "b,c.txt", b"b")
     assert list(choose_documents(f"{a},{a}", [b], None, "train", "text")) == ["a", "b"]
     assert list(choose_documents(b, [], None, "train", "text")) == ["b"]
-    assert list(choose_documents((a, b), [], None, "train", "text")) == ["a", "b"]
     for inputs, dataset in ((None, None), (a, "name")):
         with pytest.raises(UserError, match="either with --input"):
             choose_documents(inputs, [], dataset, "train", "text")

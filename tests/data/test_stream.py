@@ -155,12 +155,33 @@ def test_validation_sees_each_sample_once(dataset, world_size, workers):
         assert ((batch.targets_BT == IGNORE_INDEX).all(1) == filler).all()
         assert batch.inputs_BT.min() >= 0
     assert ids(parts[0]) == ids(ranks[0])  # can be iterated again
-    limited = ValidationBatches(Data(workers=0), dataset, batch=5, rank=0, world_size=1, limit=7)
-    assert ids(limited) == [[0, 1, 2, 3, 4], [5, 6, FILLER, FILLER, FILLER]]
+
+
+@pytest.mark.parametrize("limit", [1, 7, 60])
+def test_limited_validation_takes_its_samples_evenly_on_every_layout(dataset, limit):
+    samples = dataset.splits["validation"].samples
+
+    def numbers(seed: int, batch: int = 1, world_size: int = 1) -> list[int]:
+        ranks = [
+            ValidationBatches(
+                Data(workers=0), dataset, batch=batch, rank=rank, world_size=world_size, limit=limit, seed=seed
+            )
+            for rank in range(world_size)
+        ]
+        return sorted(sample for rank in ranks for sample in flat(ids(rank)) if sample != FILLER)
+
+    for seed in range(3):
+        found = numbers(seed)
+        assert [sample * limit // samples for sample in found] == list(range(limit))  # one of each equal part
+        assert numbers(seed, batch=5) == numbers(seed, batch=3, world_size=2) == found
+    assert len({tuple(numbers(seed)) for seed in range(20)}) > 1
+
+
+def test_fillers_of_a_limited_validation_leave_the_inputs_alone(dataset):
     single = [ValidationBatches(Data(workers=0), dataset, batch=1, rank=r, world_size=2, limit=3) for r in (0, 1)]
     last = [list(part)[-1] for part in single]
-    assert [batch.sample_ids for batch in last] == [[2], [FILLER]]
-    assert min(int(batch.inputs_BT.min()) for batch in last) >= 0  # masking a target leaves the inputs alone
+    assert [batch.sample_ids[0] == FILLER for batch in last] == [False, True]
+    assert min(int(batch.inputs_BT.min()) for batch in last) >= 0
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from mosaic_dist.model import (
     count_parameters,
 )
 from mosaic_dist.run_spec import Run
+from mosaic_dist.spec import override
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
 
@@ -76,8 +77,6 @@ def test_deepseek_v3():
         ("gpt2_reference", 124_439_808, 124_439_808, 0),
         ("openai_gptoss_20b", 20.91e9, None, 0.0005),
         ("openai_gptoss_120b", 116.83e9, None, 0.0005),
-        ("gptoss_20b", 20e9, None, 0.02),
-        ("gptoss_120b", 120e9, None, 0.02),
         ("mosaic_small", 400e6, 150e6, 0.1),
         ("mosaic_ternary", 400e6, 150e6, 0.1),
         ("mosaic_dense", 150e6, 150e6, 0.02),
@@ -89,6 +88,30 @@ def test_recipes_have_the_size_they_state(name, total, active, within):
     assert counts.total == pytest.approx(total, rel=within)
     if active is not None:
         assert counts.active == pytest.approx(active, rel=within)
+
+
+GPTOSS = [("gptoss_20b", 32, 32, 2048, 8, 20e9), ("gptoss_120b", 64, 64, 4096, 16, 120e9)]
+GROUPED = {"model.blocks.attention": "gqa", "model.blocks.attention.kv_heads": 8, "model.head": "linear"}
+"""The documented overrides: 8 key-value heads and an untied output table."""
+
+
+@pytest.mark.parametrize(("name", "layers", "heads", "dim", "experts", "stated"), GPTOSS)
+def test_gptoss_models_are_those_they_are_named_for(name, layers, heads, dim, experts, stated):
+    """Multi-head attention, experts of three matrices of which two are active, one table, and the norms."""
+    run = recipe(name)
+    block = run.model.blocks[0]
+    width = block.ffn.expert.width
+    assert (len(run.model.blocks), block.attention, run.model.context) == (layers, MHA(heads=heads), 131_072)
+    assert width % 128 == 0  # tensor cores, and rows of whole 16 bytes
+    table, norms = 200_000 * dim, (2 * layers + 1) * dim
+    attention, router, expert = 4 * dim * dim, dim * experts, 3 * dim * width
+    counts = count_parameters(run.model)
+    assert counts.total == table + norms + layers * (attention + router + experts * expert)
+    assert counts.active == table + norms + layers * (attention + router + 2 * expert)
+    assert counts.total == pytest.approx(stated, rel=0.02)
+    grouped = count_parameters(override(run, GROUPED).model)
+    assert counts.total - grouped.total == layers * 2 * dim * (dim - 8 * dim // heads) - table
+    assert grouped.total == pytest.approx(stated, rel=0.02)
 
 
 @pytest.mark.parametrize(("name", "active"), [("openai_gptoss_20b", 3.61e9), ("openai_gptoss_120b", 5.13e9)])
