@@ -62,8 +62,9 @@ class _Server:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}  # no thread may be there when it forks
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.prepared"],
-            cwd=ROOT, env=environment, text=True, bufsize=1, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            cwd=ROOT, env=environment, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
+        self.unread = b""
         self.exit_codes: dict[int, int] = {}
         atexit.register(self.close)
 
@@ -73,25 +74,28 @@ class _Server:
 
     def start(self, job: dict[str, Any]) -> int:
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(job) + "\n")
-        while "started" not in (answer := self._answer()):
-            self._note(answer)
-        return int(answer["started"])
+        request = memoryview(json.dumps(job).encode() + b"\n")
+        while request:
+            request = request[self.process.stdin.write(request) or 0 :]
+        while True:
+            for answer in self._answers():
+                if "started" in answer:
+                    return answer["started"]
 
     def exit_code(self, pid: int) -> int | None:
-        assert self.process.stdout is not None
         while select.select([self.process.stdout], [], [], 0)[0]:
-            self._note(self._answer())
+            self._answers()
         return self.exit_codes.get(pid)
 
-    def _answer(self) -> dict[str, int]:
+    def _answers(self) -> list[dict[str, int]]:
+        """Wait for answers, and note the exit codes among them. Nothing stays in a buffer that `select` cannot see."""
         assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        assert line, "the server of prepared processes has ended"
-        return json.loads(line)
-
-    def _note(self, answer: dict[str, int]) -> None:
-        self.exit_codes[answer["ended"]] = answer["exit_code"]
+        read = os.read(self.process.stdout.fileno(), 1 << 16)
+        assert read, "the server of prepared processes has ended"
+        *lines, self.unread = (self.unread + read).split(b"\n")
+        answers = [json.loads(line) for line in lines]
+        self.exit_codes |= {answer["ended"]: answer["exit_code"] for answer in answers if "ended" in answer}
+        return answers
 
 
 _running: list[_Server] = []
