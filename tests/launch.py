@@ -65,7 +65,9 @@ def run_ranks(program: str, ranks: int, *words: str, timeout: float = 240) -> li
 def run_python(*words: str | Path, timeout: float = 180, root: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Run `python words...` in the repository, or a copy of it, and wait."""
     with tempfile.NamedTemporaryFile("r") as output:
-        environment = clean_environment() | {"PYTHONPATH": str(root)}
+        environment = clean_environment()
+        paths = filter(None, (environment.get("PYTHONPATH"), str(root)))
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
         process = PreparedProcess([str(word) for word in words], environment, Path(output.name), root)
         try:
             code = process.wait(timeout)

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from mosaic_dist.credentials import mask
+from mosaic_dist.data.characters import character_tokenizer
 from mosaic_dist.errors import UserError
 from mosaic_dist.run import main
 from mosaic_dist.spec import SpecError, override
@@ -66,7 +67,7 @@ def test_a_run_folder_masks_what_is_recorded_beside_the_run(tmp_path, monkeypatc
     monkeypatch.setattr(folder_module, "_git", lambda *words: diff if words[0] == "diff" else "")
     folder = RunFolder(tmp_path / "run")
     folder.claim(run)
-    (tmp_path / "tokenizer.json").write_text("{}")
+    character_tokenizer("abc").save(tmp_path)
     config = {"comet": {"api_key": "wJalr"}, "train_batch_size": 8}
     folder.describe(run, config, {}, tmp_path / "tokenizer.json")
     written = {path.name: path.read_text() for path in folder.path.iterdir() if path.is_file()}

@@ -72,4 +72,4 @@ def test_demo(copy):
 
 
 def test_ci_runs_the_test_command():
-    assert "make test" in (ROOT / ".ci/run").read_text().splitlines()
+    assert "make test test-oldest" in (ROOT / ".ci/run").read_text().splitlines()

@@ -1,10 +1,10 @@
 """Attentions and positions against loops, published numbers and other people's code."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from mosaic_dist.model import (
@@ -214,7 +214,7 @@ def test_rotary_scores_depend_on_distance_only():
     ],
 )  # fmt: skip
 def test_scaled_frequencies_are_those_of_hugging_face(ours, theirs):
-    config = SimpleNamespace(
+    config = LlamaConfig(
         rope_theta=150_000.0, head_dim=64, hidden_size=512, num_attention_heads=8, rope_scaling=theirs,
         max_position_embeddings=131_072,
     )  # fmt: skip

@@ -221,6 +221,7 @@ def test_a_bos_before_each_text_makes_no_other_tokenizer(folder, tmp_path):
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     plain = json.loads(character_tokenizer("abc").to_json()) | {"post_processor": None}
     Tokenizer(json.dumps(plain)).save(copy)
+    write_checksums(copy)
     with_bos = Tokenizer.load(copy).adding_bos()
     with_bos.save(tmp_path)
     info = SimpleNamespace(path="data", tokenizer=with_bos.digest, tokenizer_path=tmp_path / "tokenizer.json")
