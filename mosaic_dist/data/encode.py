@@ -7,6 +7,7 @@ Light imports only: each worker process imports this file.
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import multiprocessing
@@ -169,7 +170,8 @@ def encode_documents(
 
     try:
         for batch in batches(documents):
-            future = pool.submit(_work, batch.texts)
+            with _interrupts_wait():
+                future = pool.submit(_work, batch.texts)
             batch.texts = []  # the pool holds them as long as they are needed
             pending.append((batch, future))
             while len(pending) > 2 * workers or _characters(pending) > 2 * workers * BATCH_BYTES:
@@ -179,7 +181,30 @@ def encode_documents(
     except BrokenProcessPool:
         raise UserError("a tokenising worker was killed, most likely for memory: use fewer --workers") from None
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        with _interrupts_wait():
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Let Ctrl-C take effect at the end of the block.
+
+    A process that was started but is not in the pool's list yet would never be ended, and the exit would wait for it.
+    Processes inherit the mask, so Ctrl-C cannot reach them before `_start_worker` ignores it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.signal(signal.SIGINT, before)
+        if came:
+            signal.raise_signal(came[0])
 
 
 def _characters(pending: Iterable[tuple[Batch, Any]]) -> int:

@@ -256,6 +256,25 @@ def ignores_ctrl_c(process: int) -> bool:
     return bool(int(mask, 16) >> (signal.SIGINT - 1) & 1)
 
 
+@pytest.mark.parametrize("processes", [1, 2, 3, 4])
+def test_ctrl_c_while_workers_start(tokenizer, tmp_path, processes):
+    """The resource tracker, the fork server and the two workers come one after another."""
+    tokenizer.save(tmp_path)
+    script = tmp_path / "endless.py"
+    script.write_text(ENDLESS)
+    command = [sys.executable, str(script), str(tmp_path), str(tmp_path / "out" / "set")]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    ) as process:
+        while len(workers := children(process.pid)) < processes:
+            assert process.poll() is None
+        os.killpg(process.pid, signal.SIGINT)
+        assert (process.communicate(timeout=60)[1], process.returncode) == ("interrupted\n", 130)
+    assert_gone(workers)
+    assert not list((tmp_path / "out").iterdir())
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_kill_and_ctrl_c_leave_nothing_visible(documents, tokenizer, tmp_path, number):
     """Ctrl-C in a terminal reaches the workers too, but one line is all that is said."""

@@ -62,7 +62,7 @@ def test_killed_at_random_moments(documents, tokenizer, tmp_path):
     source = tmp_path / "in"
     source.mkdir()
     (source / "a.jsonl").write_bytes(rows(documents[:100]))
-    (source / "b.jsonl.gz").write_bytes(gzip.compress(rows(["", "short", *documents[50:200]])))
+    (source / "b.jsonl.gz").write_bytes(gzip.compress(rows(["", "short", *documents[50:200]]), mtime=0))
     (source / "c.png").write_bytes(b"\xff")
     pq.write_table(pa.table({"text": documents[150:]}), source / "d.parquet", row_group_size=30)
     (source / "e.txt").write_text(LAST)
@@ -101,7 +101,7 @@ def test_every_kind_of_input_goes_on(kind, documents, tokenizer, tmp_path, often
     elif kind == "jsonl":
         (source / "a.jsonl").write_bytes(b"\n\n" + rows(documents))
     elif kind == "jsonl.gz":
-        (source / "a.jsonl.gz").write_bytes(b"".join(gzip.compress(rows(documents[i::2])) for i in range(2)))
+        (source / "a.jsonl.gz").write_bytes(b"".join(gzip.compress(rows(documents[i::2]), mtime=0) for i in range(2)))
     else:
         pq.write_table(pa.table({"text": documents}), source / "train.parquet", row_group_size=70)
 
@@ -209,7 +209,7 @@ def test_reading_goes_on_at_every_place(seed, documents, tmp_path):
     generator = random.Random(seed)
     texts = generator.sample(documents, 40)
     (tmp_path / "a.jsonl").write_bytes(b"\n" + rows(["", *texts[:10], ""]) + b"\n\n")
-    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(rows(texts[10:20])))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(rows(texts[10:20]), mtime=0))
     (tmp_path / "c.txt").write_bytes(b"\xff")
     (tmp_path / "d.txt").write_text(texts[20], newline="")
     pq.write_table(pa.table({"text": texts[21:]}), tmp_path / "e.parquet", row_group_size=generator.randint(1, 30))
