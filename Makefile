@@ -1,4 +1,4 @@
-# Two commands: `make demo` shows the whole path, `make test` checks everything. Both install what they need, once.
+# Two commands: `make demo` shows the whole path, `make test` checks the package. Both install what they need, once.
 
 PYTHON ?= python3
 CORPUS ?= stdlib
@@ -11,19 +11,24 @@ VERSION_TESTS := tests/convert tests/benchmarks tests/test_imports.py tests/test
   tests/data/test_mds.py tests/data/test_order.py tests/data/test_shards.py tests/data/test_tokenizer.py
 UV = $(VENV)/bin/uv pip install --quiet --python
 
-.PHONY: demo test test-oldest lint bench install clean
+.PHONY: demo test test-full test-oldest lint bench install clean
 
 demo: $(INSTALLED)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash recipes/demo.sh "$(CORPUS)" $(STEPS)
 
 # each worker takes a file at a time, the long ones first; most tests start processes of their own
+RUN_TESTS := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 test: lint
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python $(RUN_TESTS) -m "not slow" $(PYTEST)
+	@echo "Tests marked slow were left out; make test-full runs all."
+
+test-full: lint
+	OMP_NUM_THREADS=1 $(VENV)/bin/python $(RUN_TESTS) $(PYTEST)
 
 # the same with the oldest versions, of the tests that depend on them
 test-oldest: $(OLDEST)/.installed
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
-	  $(or $(PYTEST),$(VERSION_TESTS))
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(RUN_TESTS) -m "not slow" $(or $(PYTEST),$(VERSION_TESTS))
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

@@ -93,6 +93,7 @@ def test_who_is_gone_already_was_not_killed():
     assert kill(victim) == 0
 
 
+@pytest.mark.slow
 def test_kills_lose_nothing(tmp_path):
     source = Path(sysconfig.get_path("stdlib")) / "json"
     words = "-m benchmarks.chaos --kills 2 --ranks 1 --launcher torchrun --asynchronous True".split()

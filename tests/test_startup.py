@@ -43,6 +43,7 @@ def test_import_times_are_summed_up_by_top_package():
     assert by_package(lines) == {"torch": pytest.approx(1e-3), "torchvision": pytest.approx(5e-5)}
 
 
+@pytest.mark.slow
 def test_the_command_tells_every_phase_of_a_start(tmp_path):
     page = tmp_path / "startup.md"
     words = ["--launchers", "torchrun", "--ranks", "1", "--rounds", "1", "--output", str(page), *SMALL]

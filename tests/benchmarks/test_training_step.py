@@ -83,6 +83,7 @@ def test_the_page_has_a_row_for_everyone(results):
         assert page.count(f"| `{name}` | ") == len(peers) + 3  # all contenders, the shape, the phases
 
 
+@pytest.mark.slow
 def test_contenders_in_processes_of_their_own(results, tmp_path):
     """The command as people run it: the same losses as in one process."""
     words = "--recipes mosaic_dense --scale tiny --dtype fp32 --rounds 2".split()

@@ -255,6 +255,7 @@ def test_nothing_holds_the_weights_that_zero_3_frees():
     assert all(isinstance(tensor, nn.Parameter) for tensor in of_weights)
 
 
+@pytest.mark.slow
 def test_real_code_gives_the_numbers():
     """What inductor makes of a dense and a sparse block; without dropout, for which it draws numbers of its own."""
     mixture = replace(MIXTURE, jitter=0.0, shared_experts=0)

@@ -61,6 +61,7 @@ def test_preemption_and_time_limit(undisturbed, job):
     assert job.log().count("told to stop") == 2
 
 
+@pytest.mark.slow
 def test_power_loss_and_a_cut_cable(undisturbed, job):
     """The node with the batch shell and rank 0 loses its power; later the next such node its network.
 
