@@ -107,7 +107,10 @@ def test_what_does_not_fit_into_memory_is_named(tmp_path, monkeypatch, name, dat
     path = write(tmp_path / name, data)
     with pytest.raises(UserError, match=message):
         list(read_documents([path]))
-    write(tmp_path / name, b"y" * 60 if name == "a.txt" else jsonl(["x"]) if name == "a.jsonl" else gzip.compress(b"", mtime=0))
+    write(
+        tmp_path / name,
+        b"y" * 60 if name == "a.txt" else jsonl(["x"]) if name == "a.jsonl" else gzip.compress(b"", mtime=0),
+    )
     if name != "a.jsonl.gz":
         assert len(list(read_documents([path]))) == 1
 
