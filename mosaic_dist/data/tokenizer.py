@@ -125,6 +125,7 @@ class Tokenizer:
         settings: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",  # makes `AutoTokenizer` take tokenizer.json as it is
             "clean_up_tokenization_spaces": False,
+            "model_input_names": ["input_ids", "attention_mask"],  # transformers' default adds token_type_ids
             **self.tokens,
         }
         if max_length is not None:

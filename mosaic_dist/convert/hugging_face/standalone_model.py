@@ -10,7 +10,7 @@ it is the one place of the package that imports transformers.
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, cat, device, nn, no_grad
+from torch import Tensor, cat, compiler, device, nn, no_grad
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
@@ -57,6 +57,7 @@ class MosaicForCausalLM(PreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
@@ -67,8 +68,10 @@ class MosaicForCausalLM(PreTrainedModel, GenerationMixin):
         here: logits at t are scored against labels at t + 1. `attention_mask` [B, T] is 1 for text and 0 for padding on
         either side of it; logits of padding mean nothing. The L + 1 hidden states [B, T, D] are the input of each
         layer, and what the head sees. ValueError for a mask with padding inside a text, for both kinds of input or
-        neither, and for more tokens than the model's context.
+        neither, for more tokens than the model's context, and for `output_attentions`: no kernel gives them.
         """
+        if self.config.output_attentions if output_attentions is None else output_attentions:
+            raise ValueError("output_attentions=True: this model's attention keeps no weights to show; leave it out")
         if (input_ids is None) == (inputs_embeds is None):
             given = "neither" if input_ids is None else "both"
             raise ValueError(f"give either input_ids or inputs_embeds, not {given}")
@@ -164,7 +167,11 @@ def documents_of(attention_mask: Tensor | None) -> Tensor | None:
 
     Padding is a document of its own, -1, that the text, 0, does not see; positions begin anew with the text.
     """
-    if attention_mask is None or bool(attention_mask.all()):
+    if attention_mask is None:
+        return None
+    if compiler.is_exporting():
+        raise ValueError("attention_mask cannot be exported: where padding ends is read from it; export without one")
+    if bool(attention_mask.all()):
         return None
     if attention_mask.ndim != 2:
         raise ValueError(
