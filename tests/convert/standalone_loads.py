@@ -190,6 +190,9 @@ for name in ("latent", "nano"):
         outputs[f"{name}/exported"] = exported(name)
     if find_spec("peft"):
         outputs[f"{name}/adapted"] = adapted(name)
+for name in ("nano-4.57.1", "nano-5.24.0"):
+    with torch.no_grad():
+        outputs[f"{name}/logits"] = load(name)(tokens).logits
 words = AutoTokenizer.from_pretrained(root / "words")
 outputs["words"] = load("words").generate(**words("one two", return_tensors="pt"), max_new_tokens=2, do_sample=False)
 save_file({name: values.contiguous() for name, values in outputs.items()}, root / "outputs.safetensors")

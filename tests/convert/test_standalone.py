@@ -41,6 +41,7 @@ from mosaic_dist.model import (
     Untied,
 )
 from mosaic_dist.spec import Spec, override
+from tests.convert.twins import transformers
 from tests.launch import ROOT, clean_environment
 
 LENGTH, GAP, WORDS = 9, 3, 61
@@ -88,6 +89,17 @@ MODELS = {
 }
 
 
+NO_TOKENS = {"bos_token_id", "eos_token_id", "pad_token_id"}
+LEFT_OUT_BY = {"4.57.1": {"tie_word_embeddings"} | NO_TOKENS, "5.24.0": {"use_cache"}}
+"""What versions of transformers leave out of the config.json of `nano` when they save it."""
+
+
+def as_saved_by(version: str, config: dict) -> dict:
+    """config.json of `nano` in the form of a version of transformers."""
+    kept = {key: value for key, value in config.items() if key not in LEFT_OUT_BY[version] | {"torch_dtype"}}
+    return kept | {"dtype": config["torch_dtype"], "transformers_version": version}
+
+
 def make(name: str):
     """The model with noise on all of its tensors; in bfloat16, but for buffers, where it is named so."""
     model = MODELS[name].build_initialized(0).eval()
@@ -125,6 +137,10 @@ def root(tmp_path_factory):
     words = dataclasses.replace(MODELS["nano"], vocab=320)
     tensors = tensors_of(words.build_initialized(0))
     export_folder(words, tensors, root / "words", "fp32", root / "tokenizer.json")
+    for version in LEFT_OUT_BY:
+        shutil.copytree(root / "nano", root / f"nano-{version}")
+        config = json.loads((root / "nano" / "config.json").read_text())
+        (root / f"nano-{version}" / "config.json").write_text(json.dumps(as_saved_by(version, config)))
     save_file(inputs(), root / "inputs.safetensors")
     (root / "names.json").write_text(json.dumps(list(MODELS)))
     environment = clean_environment() | {"HF_HOME": str(root / "cache"), "HF_HUB_OFFLINE": "1"}
@@ -270,6 +286,14 @@ def test_folders_come_back_to_the_bit(name, root):
         assert found.keys() == right.keys()
         assert all(torch.equal(found[key], values) for key, values in right.items())
         assert all(found[key].dtype == values.dtype for key, values in right.items())
+
+
+@pytest.mark.parametrize("version", LEFT_OUT_BY)
+def test_folders_that_other_versions_saved(version, root, outputs):
+    assert torch.equal(outputs[f"nano-{version}/logits"], outputs["nano/logits"])
+    if version == transformers.__version__:
+        ours, theirs = (json.loads((root / name / "config.json").read_text()) for name in ("nano", "nano-saved"))
+        assert as_saved_by(version, ours) == theirs
 
 
 def test_what_cannot_be_is_told(name, root):

@@ -18,13 +18,16 @@ from mosaic_dist.model.transformer import Transformer, make_sight
 
 
 class MosaicConfig(PretrainedConfig):
-    """config.json: `mosaic` is the model in full, as mosaic_dist writes it; the rest repeats parts of it for tools."""
+    """config.json: `mosaic` is the model in full, as mosaic_dist writes it; the rest repeats parts of it for tools.
+
+    `tie_word_embeddings` has the default of transformers 4, which does not save it then; transformers 5 has none.
+    """
 
     model_type = "mosaic"
 
-    def __init__(self, mosaic: dict[str, Any] | None = None, **settings: Any):
+    def __init__(self, mosaic: dict[str, Any] | None = None, tie_word_embeddings: bool = True, **settings: Any):
         self.mosaic = mosaic
-        super().__init__(**settings)
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **settings)
 
 
 class MosaicForCausalLM(PreTrainedModel, GenerationMixin):
