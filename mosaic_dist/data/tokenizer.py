@@ -104,15 +104,15 @@ class Tokenizer:
         # transformers goes by the post-processor alone, so that is where the setting belongs.
         return found.adding_bos() if config.add_bos_token and found.bos_id != found.eos_id else found
 
-    def save(self, path: str | Path, max_length: int | None = None) -> list[str]:
+    def save(self, path: str | Path, max_length: int | None = None, eos_roles: Sequence[str] = ()) -> list[str]:
         """Write the JSON file, whole or not at all.
 
         Into a folder, it is named tokenizer.json, and the special tokens, further end tokens and chat template go into
         files next to it, whose names are returned: transformers' `AutoTokenizer` loads that folder, and so does `load`.
-        `max_length` is the context of the model, for transformers.
+        For `max_length` and `eos_roles`, see `companions`.
         """
         path = Path(path).expanduser()
-        companions = self.companions(max_length) if path.is_dir() else {}
+        companions = self.companions(max_length, eos_roles) if path.is_dir() else {}
         file = path / FILE_NAME if path.is_dir() else path
         file.parent.mkdir(parents=True, exist_ok=True)
         for name, content in companions.items():
@@ -120,12 +120,19 @@ class Tokenizer:
         write_atomic(file, self.to_json())
         return list(companions)
 
-    def companions(self, max_length: int | None = None) -> dict[str, str]:
-        """Names and texts of the files that belong next to tokenizer.json."""
+    def companions(self, max_length: int | None = None, eos_roles: Sequence[str] = ()) -> dict[str, str]:
+        """Names and texts of the files that belong next to tokenizer.json.
+
+        `max_length` is the context of the model, for transformers. The EOS takes those of `eos_roles`, such as
+        "bos_token", for which there is no token.
+        """
+        taken = {role: token for role, token in self.tokens.items() if token is not None}
         settings: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",  # makes `AutoTokenizer` take tokenizer.json as it is
             "clean_up_tokenization_spaces": False,
+            "model_input_names": ["input_ids", "attention_mask"],  # transformers' default adds token_type_ids
             **self.tokens,
+            **{role: self.tokens[EOS_TOKEN] for role in eos_roles if role not in taken},
         }
         if max_length is not None:
             settings["model_max_length"] = max_length

@@ -63,6 +63,10 @@ class GroupedLinear(nn.Module):
         self.weight = nn.Parameter(self.weight[:count])
         self.bias = None if self.bias is None else nn.Parameter(self.bias[:count])
 
+    def forward(self) -> tuple[Tensor, Tensor | None]:
+        """Effective weight [e, inputs, outputs] and bias [e, outputs]; a call, so that hooks can fetch them for it."""
+        return self.effective_weight(), self.bias
+
     def seen_rows(self, x_RI: Tensor) -> Tensor:
         """What the products see of their inputs."""
         return x_RI

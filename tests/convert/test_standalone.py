@@ -21,6 +21,7 @@ import mosaic_dist
 from mosaic_dist.convert.hugging_face import config_from_spec, export_folder, how_to_load, import_folder
 from mosaic_dist.convert.hugging_face.joined import join_sources
 from mosaic_dist.convert.hugging_face.standalone import CLASS_NAME, LEFT_OUT, TEMPLATE, source_code
+from mosaic_dist.data.tokenizer import Tokenizer, train_bpe
 from mosaic_dist.errors import UserError
 from mosaic_dist.evaluate.generate import Sampling, generate
 from mosaic_dist.model import (
@@ -36,12 +37,15 @@ from mosaic_dist.model import (
     SigmoidTopK,
     SwiGLU,
     Transformer,
+    UnitHead,
     Untied,
 )
 from mosaic_dist.spec import Spec, override
+from tests.convert.twins import transformers
 from tests.launch import ROOT, clean_environment
 
 LENGTH, GAP, WORDS = 9, 3, 61
+WIDER, NARROWER = 70, 50  # as in standalone_loads.py
 SMALL = {"vocab": WORDS, "dim": 32, "context": 32, "blocks.attention.heads": 2}
 LATENT = SMALL | {
     "blocks.attention.kv_compression_dim": 16,
@@ -80,8 +84,20 @@ MODELS = {
                 ffn=MoE(expert=SwiGLU(width=24), experts=4, router=SigmoidTopK()),
             ),
         ),
+        head=UnitHead(tied=True),
     ),
 }
+
+
+NO_TOKENS = {"bos_token_id", "eos_token_id", "pad_token_id"}
+LEFT_OUT_BY = {"4.57.1": {"tie_word_embeddings"} | NO_TOKENS, "5.24.0": {"use_cache"}}
+"""What versions of transformers leave out of the config.json of `nano` when they save it."""
+
+
+def as_saved_by(version: str, config: dict) -> dict:
+    """config.json of `nano` in the form of a version of transformers."""
+    kept = {key: value for key, value in config.items() if key not in LEFT_OUT_BY[version] | {"torch_dtype"}}
+    return kept | {"dtype": config["torch_dtype"], "transformers_version": version}
 
 
 def make(name: str):
@@ -117,6 +133,14 @@ def root(tmp_path_factory):
     for name in MODELS:
         dtype = "bf16" if name == "bf16" else "fp32"
         export_folder(MODELS[name], tensors_of(make(name)), root / name, dtype, max_shard_bytes=30_000)
+    train_bpe(["one two three " * 50], 265).save(root / "tokenizer.json")
+    words = dataclasses.replace(MODELS["nano"], vocab=320)
+    tensors = tensors_of(words.build_initialized(0))
+    export_folder(words, tensors, root / "words", "fp32", root / "tokenizer.json")
+    for version in LEFT_OUT_BY:
+        shutil.copytree(root / "nano", root / f"nano-{version}")
+        config = json.loads((root / "nano" / "config.json").read_text())
+        (root / f"nano-{version}" / "config.json").write_text(json.dumps(as_saved_by(version, config)))
     save_file(inputs(), root / "inputs.safetensors")
     (root / "names.json").write_text(json.dumps(list(MODELS)))
     environment = clean_environment() | {"HF_HOME": str(root / "cache"), "HF_HUB_OFFLINE": "1"}
@@ -178,6 +202,81 @@ def test_greedy_generation_is_ours(name, outputs):
     assert outputs[f"{name}/beams"].shape == (2, LENGTH + 6)
 
 
+@torch.no_grad()
+def test_embeddings_stand_for_tokens(name, outputs):
+    assert torch.equal(outputs[f"{name}/embeds"], outputs[f"{name}/logits"])
+    assert torch.equal(outputs[f"{name}/greedy from embeds"], outputs[f"{name}/greedy"][:, LENGTH:])
+
+
+@torch.no_grad()
+def test_hidden_states_are_what_layers_and_head_see(name, outputs):
+    model, seen = make(name), []
+    for module in (*model.blocks, model.head):
+        module.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    model(inputs()["tokens"])
+    states = [outputs[f"{name}/state {i}"] for i in range(len(seen))]
+    assert f"{name}/state {len(seen)}" not in outputs
+    assert all(torch.equal(theirs, ours) for theirs, ours in zip(states, seen, strict=True))
+
+
+def test_checkpointed_layers_have_the_same_gradients_in_less_memory(name, outputs):
+    for kind in ("checkpointed", "reentrant"):
+        assert torch.equal(outputs[f"{name}/gradients {kind}"], outputs[f"{name}/gradients plain"])
+        assert outputs[f"{name}/bytes {kind}"] < outputs[f"{name}/bytes plain"] / 2
+    assert outputs[f"{name}/gradients plain"].any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [WIDER, NARROWER])
+def test_resized_models_are_models_of_so_many_tokens(name, rows, root, outputs):
+    spec, found = import_folder(root / f"{name}-{rows}")
+    assert spec == dataclasses.replace(MODELS[name], vocab=rows)
+    model = spec.build().eval()
+    tensors = dict(found)
+    for key, values in tensors_of(model).items():
+        values.data = tensors[key]
+    tokens, logits = inputs()["tokens"].clamp(max=NARROWER - 1), outputs[f"{name}/resized {rows}"]
+    assert torch.equal(logits, model(tokens))
+    assert torch.equal(logits[..., :WORDS], make(name)(tokens)[..., :rows])
+    assert torch.equal(outputs[f"{name}/resized greedy {rows}"][:, LENGTH], logits[:, -1].argmax(-1))
+    table, old = tensors["embedding.weight"], make(name).embedding.weight
+    torch.testing.assert_close(table[WORDS:], old.mean(0, keepdim=True).expand(max(rows - WORDS, 0), -1))
+
+
+@pytest.mark.parametrize("how", ["cpu_offload", "disk_offload", "device_map"])
+def test_offloaded_weights_give_the_same_logits(name, how, outputs):
+    pytest.importorskip("accelerate")
+    assert torch.equal(outputs[f"{name}/{how}"], outputs[f"{name}/logits"])
+
+
+@pytest.mark.parametrize("name", ["latent", "nano"])
+def test_exported_programs_take_other_batches_and_lengths(name, outputs):
+    if f"{name}/exported" not in outputs and name != "nano":
+        pytest.skip("this torch exports experts in bfloat16 only")
+    torch.testing.assert_close(outputs[f"{name}/exported"], outputs[f"{name}/logits"], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["latent", "nano"])
+def test_adapters_change_the_weights_that_the_model_uses(name, root, outputs):
+    pytest.importorskip("peft")
+    model, adapters = make(name), load_file(root / f"{name}-lora" / "adapter_model.safetensors")
+    scale = 8 / 2  # lora_alpha's default over the rank
+    changed = {key.split(".model.model.")[1].rsplit(".", 2)[0] for key in adapters}
+    for layer in changed:
+        down, up = (adapters[f"base_model.model.model.{layer}.lora_{kind}.weight"] for kind in "AB")
+        model.get_submodule(layer).weight += scale * up @ down
+    ours = model(inputs()["tokens"])
+    assert (ours - outputs[f"{name}/logits"]).abs().max() > 0.1
+    torch.testing.assert_close(outputs[f"{name}/adapted"], ours, rtol=1e-3, atol=1e-3)  # summed in another order
+
+
+def test_what_a_tokenizer_gives_is_what_generation_takes(root, outputs):
+    words = Tokenizer.load(root / "words")
+    prompt = words.encode_prompt("one two")
+    assert outputs["words"][0, :-2].tolist() == prompt
+
+
 def test_folders_come_back_to_the_bit(name, root):
     right = tensors_of(make(name))
     for folder in (root / name, root / f"{name}-saved"):  # ours, and as transformers saves it again
@@ -189,10 +288,23 @@ def test_folders_come_back_to_the_bit(name, root):
         assert all(found[key].dtype == values.dtype for key, values in right.items())
 
 
+@pytest.mark.parametrize("version", LEFT_OUT_BY)
+def test_folders_that_other_versions_saved(version, root, outputs):
+    assert torch.equal(outputs[f"nano-{version}/logits"], outputs["nano/logits"])
+    if version == transformers.__version__:
+        ours, theirs = (json.loads((root / name / "config.json").read_text()) for name in ("nano", "nano-saved"))
+        assert as_saved_by(version, ours) == theirs
+
+
 def test_what_cannot_be_is_told(name, root):
     errors = json.loads((root / "errors.json").read_text())
     assert "padding inside a text" in errors[f"{name}/hole"]
     assert "load it with from_pretrained" in errors[f"{name}/config"]
+    assert errors[f"{name}/both"] == "give either input_ids or inputs_embeds, not both"
+    assert errors[f"{name}/neither"] == "give either input_ids or inputs_embeds, not neither"
+    assert "output_attentions=True" in errors[f"{name}/attentions"]
+    assert "mean_resizing=False" in errors[f"{name}/rows"]
+    assert "export without one" in errors.get(f"{name}/export", "export without one")
 
 
 def test_words_to_load_it(root):

@@ -17,6 +17,7 @@ from mosaic_dist.convert.hugging_face.architectures import (
     weights_to_ours,
     why_no_architecture,
 )
+from mosaic_dist.convert.hugging_face.gpt2 import EOS_ROLES
 from mosaic_dist.convert.hugging_face.standalone import CODE, MODEL_TYPE, source_code
 from mosaic_dist.convert.native import expected_tensors
 from mosaic_dist.convert.reading import open_safetensors, prove_files, read_json, read_weight_map
@@ -114,7 +115,7 @@ def export_folder(
     if code is not None:
         write_atomic(aside / f"{CODE}.py", code)
     if words is not None:
-        words.save(aside, spec.context)
+        words.save(aside, spec.context, EOS_ROLES if config["model_type"] == "gpt2" else ())
     write_checksums(aside, known)
     publish_directory(aside, output)
     return output

@@ -11,6 +11,9 @@ from mosaic_dist.model import GELU, GQA, MHA, Block, LayerNorm, Learned, Tied, T
 TRAINING = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "n_ctx", "reorder_and_upcast_attn")
 """Dropout is the run's; `n_ctx` repeats `n_positions`; the last changes the precision of scores in float16 only."""
 
+EOS_ROLES = ("bos_token", "unk_token")
+"""What the EOS also is where a tokenizer has no token of its own for it, as in GPT-2's tokenizer: tools need both."""
+
 CLASSIFIER = ("type", "use_proj", "activation", "first_dropout", "proj_to_labels")
 
 KNOWN = Known(
@@ -59,11 +62,15 @@ def write(spec: Transformer) -> dict[str, Any]:
         "vocab_size": spec.vocab,
         "n_embd": spec.dim,
         "n_positions": spec.context,
+        "n_ctx": spec.context,  # llama.cpp's converter reads this one
         "n_layer": len(spec.blocks),
         "n_head": need(spec.blocks[0].attention, GQA, "blocks[0].attention").heads,
         "n_inner": need(spec.blocks[0].ffn, GELU, "blocks[0].ffn").width,
         "layer_norm_epsilon": need(spec.norm, LayerNorm, "norm").eps,
         "activation_function": "gelu_new",
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "reorder_and_upcast_attn": False,
         "tie_word_embeddings": isinstance(spec.head, Tied),
         "resid_pdrop": 0.0,
         "embd_pdrop": 0.0,

@@ -87,9 +87,9 @@ class ChunkedLinearAttention(AttentionModule):
         q_BNTH, k_BNTH, v_BNTH = (x.float().transpose(1, 2) for x in (*features, v_BTNH))
         documents_BT = sight.documents_BT
         if documents_BT is None:
-            documents_BT = sight.index_T.new_zeros(1, len(sight.index_T))
+            documents_BT = sight.index_T.new_zeros(1, sight.index_T.shape[0])
         pieces = [x.split(self.spec.chunk, 2) for x in (q_BNTH, k_BNTH, v_BNTH)]
-        documents = documents_BT.expand(len(q_BTNH), -1).split(self.spec.chunk, 1)
+        documents = documents_BT.expand(q_BTNH.shape[0], -1).split(self.spec.chunk, 1)
         chunks = [self._chunk(q, k, v, d, state) for q, k, v, d in zip(*pieces, documents, strict=True)]
         return torch.cat(chunks, 2).transpose(1, 2).to(q_BTNH.dtype)
 

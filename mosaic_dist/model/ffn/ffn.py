@@ -100,7 +100,7 @@ class Experts(nn.Module):
         def activate(*hidden: Tensor) -> Tensor:
             return self.down.seen_rows(self.spec.activate(*hidden))
 
-        layers = [Layer(layer.effective_weight(), layer.bias) for layer in (*readers, self.down)]
+        layers = [Layer(*layer()) for layer in (*readers, self.down)]
         return run_experts(first.seen_rows(x_SD), rows, activate, layers[:-1], layers[-1])
 
 

@@ -33,8 +33,9 @@ def run_experts(x_SD: Tensor, rows: Rows, activate: Activate, inputs: Sequence[L
     for nothing. Elsewhere experts go one after the other, which keeps their rows in the CPU's cache; on a GPU the host
     waits once for their counts.
     """
-    is_fast = x_SD.dtype == torch.bfloat16 and has_grouped_product(x_SD.device)
-    return (run_grouped if is_fast else run_in_turn)(x_SD, rows, activate, inputs, down)
+    is_grouped = x_SD.dtype == torch.bfloat16 and has_grouped_product(x_SD.device)
+    is_grouped |= torch.compiler.is_exporting()  # which has no counts to cut the rows by
+    return (run_grouped if is_grouped else run_in_turn)(x_SD, rows, activate, inputs, down)
 
 
 def has_grouped_product(device: torch.device) -> bool:
@@ -171,7 +172,7 @@ def run_grouped(x_SD: Tensor, rows: Rows, activate: Activate, inputs: Sequence[L
     dtype = x_SD.dtype  # `finish` lives until the backward pass, with all that it names
 
     def bias(bias_eO: Tensor) -> Tensor:
-        return bias_eO.repeat_interleave(rows.counts_E, 0, output_size=len(rows.tokens_R))
+        return bias_eO.repeat_interleave(rows.counts_E, 0, output_size=rows.tokens_R.shape[0])
 
     def zero_without_rows(grads: tuple[Tensor | None, ...], _: Any) -> tuple[Tensor | None, ...]:
         grad_x, grad_weight, *others = grads

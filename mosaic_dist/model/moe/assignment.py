@@ -20,7 +20,7 @@ def assign(weights_SK: Tensor, experts_SK: Tensor, kept_SK: Tensor | None, exper
     counts_E = count(choices_J, experts + 1)[:experts]
     order_R = order_J if kept_SK is None else order_J[: int(counts_E.sum())]
     places_J = torch.empty_like(order_J).scatter_(0, order_J, torch.arange(S * K, device=order_J.device))
-    places_SK = places_J.clamp(max=len(order_R)).view(S, K)
+    places_SK = places_J.clamp(max=order_R.shape[0]).view(S, K)
     return Rows(order_R // K, weights_SK.flatten()[order_R], places_SK, counts_E)
 
 

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from mosaic_dist.model.position.position import HeadPosition, Position
+from mosaic_dist.model.position.position import Constants, HeadPosition, Position
 
 
 class ALiBi(Position, type="alibi"):
@@ -28,16 +28,14 @@ class ALiBiBias(HeadPosition):
 
     def __init__(self, slopes_N: list[float]):
         self.slopes_N = slopes_N
-        self._on: dict[torch.device, Tensor] = {}
+        self._kept = Constants(slopes_N)
 
     def prepare(self, device: torch.device) -> None:
         """Keep the slopes there."""
-        self._on[device] = torch.tensor(self.slopes_N, device=device)
+        self._kept.on(device)
 
     def bias(self, queries_BT: Tensor, keys_BS: Tensor, heads: slice = slice(None)) -> Tensor:
         """-slope * (query position - key position)."""
-        if queries_BT.device not in self._on:
-            self.prepare(queries_BT.device)
-        slopes_N = self._on[queries_BT.device][heads]
+        slopes_N = self._kept.on(queries_BT.device)[heads]
         distance_BTS = (queries_BT[:, :, None] - keys_BS[:, None, :]).float()
         return -slopes_N[None, :, None, None] * distance_BTS[:, None]

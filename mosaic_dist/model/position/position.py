@@ -6,6 +6,26 @@ from torch import Tensor, nn
 from mosaic_dist.spec import Spec
 
 
+class Constants:
+    """A row of float32 numbers, kept on every device where it was needed.
+
+    Under torch.export, tensors have no values that could be kept: the numbers are made anew.
+    """
+
+    def __init__(self, values: list[float]):
+        self.values = values
+        self._on: dict[torch.device, Tensor] = {}
+
+    def on(self, device: torch.device) -> Tensor:
+        """The numbers on a device."""
+        kept = self._on.get(device)
+        if kept is None:
+            kept = torch.tensor(self.values, dtype=torch.float32, device=device)
+            if not torch.compiler.is_exporting():
+                self._on[device] = kept
+        return kept
+
+
 class HeadPosition:
     """What a kind of position does inside attention: nothing, unless it says otherwise. Has no parameters."""
 

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from mosaic_dist.model.position.position import HeadPosition, Position
+from mosaic_dist.model.position.position import Constants, HeadPosition, Position
 from mosaic_dist.spec import Positive, PositiveFloat, Spec, SpecError
 
 
@@ -125,17 +125,15 @@ class Rotation(HeadPosition):
         scaling = spec.scaling
         self.frequencies = plain if scaling is None else scaling.frequencies(plain, spec.base, head_width)
         self.magnitude = 1.0 if scaling is None else scaling.magnitude()
-        self._on: dict[torch.device, Tensor] = {}
+        self._kept = Constants(self.frequencies)
 
     def prepare(self, device: torch.device) -> None:
         """Keep the frequencies there."""
-        self._on[device] = torch.tensor(self.frequencies, dtype=torch.float32, device=device)
+        self._kept.on(device)
 
     def rotate(self, x_BTNH: Tensor, positions_BT: Tensor) -> Tensor:
         """Turn each pair of dimensions by position * frequency."""
-        if x_BTNH.device not in self._on:
-            self.prepare(x_BTNH.device)
-        angles = positions_BT[:, :, None, None].float() * self._on[x_BTNH.device]
+        angles = positions_BT[:, :, None, None].float() * self._kept.on(x_BTNH.device)
         cos, sin = angles.cos() * self.magnitude, angles.sin() * self.magnitude
         first, second = x_BTNH.float().chunk(2, -1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x_BTNH.dtype)
