@@ -30,7 +30,7 @@ import fire
 import torch
 from tqdm import tqdm
 
-from mosaic_dist.checkpoint import Checkpoint, Piece, save
+from mosaic_dist.checkpoint import Checkpoint, TensorShard, save
 from mosaic_dist.checkpoint.background import BackgroundSave
 from mosaic_dist.checkpoint.engine_state import engine_state, load_engine, save_engine
 from mosaic_dist.checkpoint.store import BLOCK_BYTES
@@ -49,9 +49,15 @@ TOKENS = 256
 def spec(millions: int) -> Transformer:
     """A dense model of about so many parameters: 12 layers whose width follows from the size."""
     dim = round((millions * 1e6 / (12 * 16)) ** 0.5 / 64) * 64
-    block = Block(attention=GQA(heads=dim // 64, kv_heads=dim // 64), ffn=SwiGLU(width=4 * dim))
+    block = Block(attention=GQA(heads=dim // 64, kv_heads=dim // 64), ffn=SwiGLU(hidden_dim=4 * dim))
     return Transformer(
-        vocab=512, dim=dim, context=TOKENS, position=RoPE(), blocks=12 * (block,), norm=RMSNorm(), head=Untied()
+        vocab_size=512,
+        dim=dim,
+        max_seq_len=TOKENS,
+        position=RoPE(),
+        layers=12 * (block,),
+        norm=RMSNorm(),
+        head=Untied(),
     )
 
 
@@ -60,10 +66,10 @@ def trained(model: Transformer, world: World) -> Engine:
     config = fill_config(
         {"zero_optimization": {"stage": 1}},
         precision="fp32",
-        micro_batch=1,
+        micro_batch_size=1,
         accumulation=1,
         world_size=world.size,
-        clip_norm=1.0,
+        max_grad_norm=1.0,
     )
     engine = Engine(model, OPTIMIZER, config, 1, 0, world)
     step(engine)
@@ -187,7 +193,7 @@ def export_beside_copy(watch: Watch, folder: Path, model: Transformer, checkpoin
 def write_weights_alone(folder: Path, millions: int) -> None:
     """A checkpoint of float32 weights, and a tokenizer."""
     shapes = expected_shapes(spec(millions))
-    pieces = [Piece(name, "master", 0, torch.ones(math.prod(shape))) for name, shape in shapes.items()]
+    pieces = [TensorShard(name, "master", 0, torch.ones(math.prod(shape))) for name, shape in shapes.items()]
     save(folder, 1, pieces, shapes, {}, {})
     train_bpe(["one two"], 259).save(folder / "tokenizer.json")
 

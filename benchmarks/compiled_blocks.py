@@ -20,14 +20,14 @@ from benchmarks.circumstances import circumstances, heading, write_results
 from mosaic_dist.cli import run_command
 from mosaic_dist.model import (
     GQA,
+    ActivationCheckpointing,
     Block,
     MoE,
-    Recompute,
     RoPE,
     SwiGLU,
     Transformer,
     check_compiler,
-    compile_blocks,
+    compile_layers,
 )
 from mosaic_dist.spec import Positive
 
@@ -53,24 +53,24 @@ class Result:
 
 def model_of(kind: str, dim: int, layers: int, tokens: int) -> Transformer:
     """Equal blocks with a dense network, or with as wide experts of which two of eight are chosen."""
-    dense = SwiGLU(width=dim * 8 // 3 // 64 * 64)
+    dense = SwiGLU(hidden_dim=dim * 8 // 3 // 64 * 64)
     ffn = dense if kind == "dense" else MoE(expert=dense, experts=8, top_k=2)
     block = Block(attention=GQA(heads=dim // 64, kv_heads=max(1, dim // 256)), ffn=ffn)
-    return Transformer(vocab=VOCAB, dim=dim, context=tokens, position=RoPE(), blocks=(block,) * layers)
+    return Transformer(vocab_size=VOCAB, dim=dim, max_seq_len=tokens, position=RoPE(), layers=(block,) * layers)
 
 
 def stepper(spec: Transformer, dtype: torch.dtype, device: torch.device, batch: int, is_compiled: bool) -> Callable:
     """A function that does a forward and a backward pass and gives the loss."""
     model = spec.build_initialized(0, device).to(dtype)
     if is_compiled:
-        compile_blocks(model, Recompute(), device)
-    tokens_BT = torch.randint(0, VOCAB, (batch, spec.context + 1), generator=torch.Generator().manual_seed(1)).to(
+        compile_layers(model, ActivationCheckpointing(), device)
+    tokens_BT = torch.randint(0, VOCAB, (batch, spec.max_seq_len + 1), generator=torch.Generator().manual_seed(1)).to(
         device
     )
 
     def step() -> float:
         parts = model(tokens_BT[:, :-1], tokens_BT[:, 1:])
-        (parts.cross_entropy_sum / (batch * spec.context) + parts.auxiliary).backward()
+        (parts.cross_entropy_sum / (batch * spec.max_seq_len) + parts.auxiliary).backward()
         for parameter in model.parameters():
             parameter.grad = None
         return parts.cross_entropy_sum.item()  # a GPU has done its forward pass then; the next step waits for the rest

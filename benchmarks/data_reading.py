@@ -90,8 +90,8 @@ def wait_share(info: DatasetInfo, workers: int, steps: int) -> tuple[float, floa
     with tempfile.TemporaryDirectory() as folder:
         words = (
             f"recipes/t4_moe.py --data {info.path} --output {folder}/run --data.workers {workers} --batch_tokens 4096 "
-            f"--micro_batch 2 --steps {steps} --schedule.warmup_steps 1 --validate_every_steps 0 "
-            f"--checkpoint.every_steps {steps} --model.vocab {max(8192, info.vocab_size)}"
+            f"--micro_batch_size 2 --steps {steps} --schedule.warmup_steps 1 --validate_every_steps 0 "
+            f"--checkpoint.every_steps {steps} --model.vocab_size {max(8192, info.vocab_size)}"
         )
         environment = os.environ | {"PYTHONPATH": "."}
         subprocess.run([sys.executable, *words.split()], check=True, capture_output=True, env=environment)

@@ -32,11 +32,11 @@ def formula(dim: int, experts: int, top_k: int, itemsize: int) -> float:
 def count(world: World, dim: int, experts: int, top_k: int, dtype: torch.dtype) -> float:
     """Bytes per token that this rank hands over in a forward and backward pass."""
     with torch.device("meta"):
-        layer: Any = MoE(expert=SwiGLU(width=32), experts=experts, top_k=top_k).build(dim)
+        layer: Any = MoE(expert=SwiGLU(hidden_dim=32), experts=experts, top_k=top_k).build(dim)
     place_experts(layer, world.size, world.rank)
     materialize(layer, torch.device("cpu"))
     initialize(layer, Init(), 1, 0)
-    layer.exchange.set_deepspeed_parallelism()
+    layer.dispatcher.set_deepspeed_parallelism()
     layer.to(dtype)
     sent: list[int] = []
     original = dist.all_to_all_single

@@ -23,7 +23,7 @@ from mosaic_dist.cli import run_command
 from mosaic_dist.files import write_atomic
 from mosaic_dist.memory import keep_freed_memory
 from mosaic_dist.model import Transformer, count_parameters
-from mosaic_dist.plan.command import load_run
+from mosaic_dist.plan.command import load_recipe
 from mosaic_dist.spec import NonNegative, Positive
 from mosaic_dist.train.memory import peak_memory_bytes
 
@@ -33,8 +33,8 @@ LEARNING_RATES = {"cpu": 0.1, "cuda": 1e-4}  # of SGD and of AdamW
 
 def cut(recipe: str, layers: int, vocab: int) -> Transformer:
     """The first layers of a recipe's model, its vocabulary unless another one is given."""
-    model = load_run(f"recipes/{recipe}.py").model
-    return dataclasses.replace(model, blocks=model.blocks[:layers], vocab=vocab or model.vocab)
+    model = load_recipe(f"recipes/{recipe}.py").model
+    return dataclasses.replace(model, layers=model.layers[:layers], vocab_size=vocab or model.vocab_size)
 
 
 def train(recipe: str, layers: int, vocab: int, tokens: int, steps: int) -> dict[str, object]:
@@ -49,7 +49,7 @@ def train(recipe: str, layers: int, vocab: int, tokens: int, steps: int) -> dict
     make = torch.optim.SGD if device.type == "cpu" else torch.optim.AdamW
     optimizer = make(model.parameters(), lr=LEARNING_RATES[device.type], foreach=False)
     chance = torch.Generator().manual_seed(0)
-    tokens_BT = torch.randint(spec.vocab, (1, tokens + 1), generator=chance).to(device)
+    tokens_BT = torch.randint(spec.vocab_size, (1, tokens + 1), generator=chance).to(device)
     losses, seconds = [], []
     for _ in tqdm(range(steps), desc=f"{recipe}, {layers} layers", unit="step", disable=None):
         started = time.perf_counter()

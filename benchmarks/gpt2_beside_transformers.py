@@ -27,23 +27,23 @@ from mosaic_dist.data import Data
 from mosaic_dist.data.stream import Loader
 from mosaic_dist.figure import publish, pyplot
 from mosaic_dist.files import write_atomic
-from mosaic_dist.plan.command import load_run
+from mosaic_dist.plan.command import load_recipe
 from mosaic_dist.run_spec import Run
 from mosaic_dist.spec import Positive, PositiveFloat, override
 from mosaic_dist.train.metrics import read_metrics
 
 RECIPE = "recipes/gpt2_reference.py"
-NARROW = {"model.dim": 128, "model.blocks.attention.heads": 4, "model.blocks.ffn.width": 512}
+NARROW = {"model.dim": 128, "model.layers.attention.heads": 4, "model.layers.ffn.hidden_dim": 512}
 BETAS, EPS, FINAL_FRACTION = (0.9, 0.95), 1e-8, 0.1
 
 
 def small(data: str, steps: int, learning_rate: float, layers: int) -> Run:
     """The recipe, made small, on these data."""
-    run = load_run(RECIPE)
-    run = dataclasses.replace(run, model=dataclasses.replace(run.model, blocks=run.model.blocks[:layers]))
+    run = load_recipe(RECIPE)
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, layers=run.model.layers[:layers]))
     vocab = Data(path=data).load().vocab_size
-    shape = {**NARROW, "model.vocab": vocab, "model.context": 128, "data.seq_len": 128}
-    training = {"batch_tokens": 2048, "micro_batch": 16, "schedule.warmup_steps": steps // 10, "data.workers": 0}
+    shape = {**NARROW, "model.vocab_size": vocab, "model.max_seq_len": 128, "data.seq_len": 128}
+    training = {"batch_tokens": 2048, "micro_batch_size": 16, "schedule.warmup_steps": steps // 10, "data.workers": 0}
     rest = {"steps": steps, "optimizer.learning_rate": learning_rate, "validate_every_steps": 0, "data.path": data}
     return override(run, {**shape, **training, **rest})
 
@@ -97,7 +97,7 @@ def train_theirs(run: Run, folder: Path) -> list[float]:
         logits_BTV: Tensor = model(batch.inputs_BT).logits
         loss = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), batch.targets_BT.flatten())
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), run.optimizer.clip_norm)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), run.optimizer.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())

@@ -36,17 +36,17 @@ scale=(--scale full --rounds 3)
 compiled=(--dim 2048 --tokens 2048 --batch 4 --rounds 5 --dtypes bfloat16)
 layer=()
 recipes=(mosaic_small gpt2_reference)
-run=(recipes/t4_moe.py --steps 30 --schedule.warmup_steps 3 --batch_tokens 8192 --micro_batch 64 --precision bf16)
+run=(recipes/t4_moe.py --steps 30 --schedule.warmup_steps 3 --batch_tokens 8192 --micro_batch_size 64 --precision bf16)
 samples=2000 held_out=64 stop=16
 if [ -n "${TINY:-}" ]; then
   scale=(--scale tiny --rounds 1)
   compiled=(--dim 64 --layers 1 --tokens 32 --rounds 1 --dtypes bfloat16 --blocks dense)
   layer=(--sizes 64x64x64x4x2 --rounds 1)
-  run=(recipes/t4_moe.py --steps 4 --schedule.warmup_steps 1 --batch_tokens 512 --micro_batch 4 --model.dim 64
-    --model.blocks.attention.heads 2 --model.embedding.rank 16 --precision bf16)
+  run=(recipes/t4_moe.py --steps 4 --schedule.warmup_steps 1 --batch_tokens 512 --micro_batch_size 4 --model.dim 64
+    --model.layers.attention.heads 2 --model.embedding.rank 16 --precision bf16)
   recipes=(gpt2_reference) samples=200 held_out=8 stop=2
 fi
-run+=(--model.vocab 18 --model.context 64 --data "$scratch/data" --output "$scratch/run" --ds_config ds_configs/zero1.json
+run+=(--model.vocab_size 18 --model.max_seq_len 64 --data "$scratch/data" --output "$scratch/run" --ds_config ds_configs/zero1.json
   --checkpoint.every_steps "$stop" --validate_every_steps "$stop" --validation_samples "$held_out")
 # only these files: others need packages that a machine for measurements may lack
 mapfile -t tests < <(grep -rl 'mark\.gpu' --include='test_*.py' tests | LC_ALL=C sort)

@@ -22,16 +22,16 @@ from mosaic_dist.cli import run_command
 from mosaic_dist.model import (
     GQA,
     MHA,
+    ActivationCheckpointing,
     Block,
     MoE,
-    Recompute,
     RoPE,
     SwiGLU,
     Transformer,
-    compile_blocks,
+    compile_layers,
 )
-from mosaic_dist.model.attention.attention import Sight
-from mosaic_dist.model.attention.blocks import attend_in_sight
+from mosaic_dist.model.attention.attention import AttentionMetadata
+from mosaic_dist.model.attention.blocks import attend_visible
 from mosaic_dist.model.ffn import ffn, kernel
 from mosaic_dist.profiling.phases import PREFIX, STEP, spent
 
@@ -115,10 +115,10 @@ def attention() -> Iterator[Row]:
         heads = [random(B, n, T, width, grad=True) for n, width in ((N, H), (G, H), (G, U))]
         sinks_N = random(N, grad=True) if has_sinks else None
         index = torch.arange(T, device=DEVICE)
-        sight = Sight(index, index[None])
+        metadata = AttentionMetadata(index, index[None])
 
-        def step(heads=heads, sight=sight, window=window, sinks_N=sinks_N) -> None:
-            attend_in_sight(*heads, sight, window=window, sinks_N=sinks_N).sum().backward()
+        def step(heads=heads, metadata=metadata, window=window, sinks_N=sinks_N) -> None:
+            attend_visible(*heads, metadata, sliding_window=window, sinks_N=sinks_N).sum().backward()
 
         first, ms = seconds(step), median_ms(step)
         keys = min(T, window or T)
@@ -163,7 +163,7 @@ def experts() -> Iterator[Row]:
         "mosaic_small": (16384, 768, 1344, 8, 2),
         "openai_gptoss_20b": (8192, 2880, 2880, 32, 4),
     }.items():
-        layer = MoE(expert=SwiGLU(width=max(8, F // SHRUNK)), experts=E, top_k=K).build(max(8, D // SHRUNK))
+        layer = MoE(expert=SwiGLU(hidden_dim=max(8, F // SHRUNK)), experts=E, top_k=K).build(max(8, D // SHRUNK))
         layer.to(DEVICE, DTYPE)
         for parameter in layer.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
@@ -186,7 +186,7 @@ def experts() -> Iterator[Row]:
     yield "torch's gradients without rows", f"{weight.grad[[1, 3]].abs().max().item():.3g}", "0 needs no guard"
     functional.grouped_mm(random(0, 64, grad=True), weight, offs=torch.zeros_like(ends)).square().sum().backward()
     yield "no rows at all", "pass", "as on a rank whose experts nobody chose"
-    odd = MoE(expert=SwiGLU(width=100), experts=4).build(60).to(DEVICE, DTYPE)
+    odd = MoE(expert=SwiGLU(hidden_dim=100), experts=4).build(60).to(DEVICE, DTYPE)
     for parameter in odd.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     odd(random(1, 64, 60))[0].sum().backward()
@@ -212,10 +212,10 @@ def compiled() -> Iterator[Row]:
     for name, kind in {"MHA": MHA(heads=4), "GQA": GQA(heads=4, kv_heads=2)}.items():
         torch._dynamo.reset()
         counters.clear()
-        block = Block(attention=kind, ffn=SwiGLU(width=512 // min(8, SHRUNK)))
-        spec = Transformer(vocab=512, dim=256 // min(4, SHRUNK), context=256, position=RoPE(), blocks=(block,))
+        block = Block(attention=kind, ffn=SwiGLU(hidden_dim=512 // min(8, SHRUNK)))
+        spec = Transformer(vocab_size=512, dim=256 // min(4, SHRUNK), max_seq_len=256, position=RoPE(), layers=(block,))
         model = spec.build_initialized(0, DEVICE).to(DTYPE)
-        compile_blocks(model, Recompute(), DEVICE, "aot_eager")
+        compile_layers(model, ActivationCheckpointing(), DEVICE, "aot_eager")
         tokens_BT = torch.randint(512, (2, 257 // min(8, SHRUNK)), device=DEVICE)
         model(tokens_BT[:, :-1], tokens_BT[:, 1:]).cross_entropy_sum.backward()
         breaks = sum(counters["graph_break"].values())

@@ -31,7 +31,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralS
 
 from benchmarks.circumstances import circumstances, heading, write_results
 from mosaic_dist.cli import run_command
-from mosaic_dist.memory import old_objects_left_alone
+from mosaic_dist.memory import gc_frozen
 from mosaic_dist.model import MixtureOfExperts, MoE, SwiGLU, TopKSoftmax
 from mosaic_dist.parallel import join_world, leave_world
 
@@ -108,7 +108,7 @@ def expert_weights(block: MixtralSparseMoeBlock) -> Iterator[tuple[Tensor, Tenso
 @torch.no_grad()
 def make_ours(block: MixtralSparseMoeBlock, size: Size) -> MixtureOfExperts:
     """Our layer with the block's weights."""
-    spec = MoE(expert=SwiGLU(width=size.F), experts=size.E, top_k=size.K, router=TopKSoftmax(), balance_weight=0.0)
+    spec = MoE(expert=SwiGLU(hidden_dim=size.F), experts=size.E, top_k=size.K, router=TopKSoftmax(), aux_loss_coef=0.0)
     layer: Any = spec.build(size.D).to(block.gate.weight)
     layer.router.weight.copy_(block.gate.weight)
     for e, weights in enumerate(expert_weights(block)):
@@ -273,7 +273,7 @@ def measure(size: Size, rounds: int, device: torch.device, dtype: torch.dtype) -
     ring = contenders(size, device, dtype)
     differs = {name: difference(ring, name) for name in ring if name != "ours" and ring[name].parameters}
     kept = {name: kept_bytes(contender, device) for name, contender in ring.items()}
-    with old_objects_left_alone():
+    with gc_frozen():
         seconds = time_rounds(ring, rounds, device)
     median = {name: statistics.median(values) for name, values in seconds.items()}
 

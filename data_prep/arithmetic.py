@@ -6,7 +6,7 @@ import time
 from mosaic_dist.cli import run_command
 from mosaic_dist.data.arithmetic import prepare_arithmetic
 from mosaic_dist.data.expressions import Expressions
-from mosaic_dist.spec import Fraction, NonNegative, Positive
+from mosaic_dist.spec import NonNegative, Positive, UnitInterval
 
 
 def arithmetic(
@@ -19,9 +19,9 @@ def arithmetic(
     ops: str = "+",
     seed: NonNegative = 0,
     seq_len: Positive = 64,
-    train_fraction: Fraction | None = None,
-    validation_fraction: Fraction = 0.05,
-    test_fraction: Fraction = 0.05,
+    train_fraction: UnitInterval | None = None,
+    validation_fraction: UnitInterval = 0.05,
+    test_fraction: UnitInterval = 0.05,
     overwrite: bool = False,
 ) -> None:
     """Write expressions and their results, all different, as train, validation and test split.

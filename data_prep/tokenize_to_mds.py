@@ -7,7 +7,7 @@ from mosaic_dist.cli import run_command
 from mosaic_dist.data.prepare import prepare
 from mosaic_dist.data.sources import choose_documents
 from mosaic_dist.data.tokenizer import Tokenizer
-from mosaic_dist.spec import Fraction, NonNegative, Positive
+from mosaic_dist.spec import NonNegative, Positive, UnitInterval
 
 
 def tokenize_to_mds(
@@ -25,7 +25,7 @@ def tokenize_to_mds(
     min_document_bytes: NonNegative = 0,
     max_document_bytes: Positive | None = None,
     deduplicate: bool = False,
-    validation_fraction: Fraction = 0.005,
+    validation_fraction: UnitInterval = 0.005,
     workers: Positive | None = None,
     compression: str | None = None,
     overwrite: bool = False,

@@ -10,7 +10,7 @@ from mosaic_dist.data.sources import choose_documents
 from mosaic_dist.data.tokenizer import FILE_NAME, Tokenizer, train_bpe
 from mosaic_dist.data.unigram import train_unigram
 from mosaic_dist.errors import UserError
-from mosaic_dist.spec import Fraction, Positive
+from mosaic_dist.spec import Positive, UnitInterval
 
 
 def train_tokenizer(
@@ -24,7 +24,7 @@ def train_tokenizer(
     output: str = FILE_NAME,
     min_frequency: Positive | None = None,
     max_bytes: Positive | None = None,
-    held_out: Fraction = 0.005,
+    held_out: UnitInterval = 0.005,
     compare: str | None = None,
     overwrite: bool = False,
 ) -> None:

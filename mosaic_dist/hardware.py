@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from mosaic_dist.errors import UserError
-from mosaic_dist.spec import Fraction, NonNegativeFloat, PositiveFloat, Spec
+from mosaic_dist.spec import NonNegativeFloat, PositiveFloat, Spec, UnitInterval
 
 MATRIX_PRODUCTS = (
     "best bfloat16 matrix products of the Maximum Achievable Matmul FLOPS table in S. Bekman's Machine Learning "
@@ -30,7 +30,7 @@ class Device(Spec):
     fp32: PositiveFloat
     fp16: NonNegativeFloat = 0.0
     bf16: NonNegativeFloat = 0.0
-    reachable: Fraction
+    reachable: UnitInterval
     grouped: bool = False
     memory_bytes: PositiveFloat
     memory_bytes_per_second: PositiveFloat

@@ -23,7 +23,7 @@ def keep_freed_memory() -> None:
 
 
 @contextlib.contextmanager
-def old_objects_left_alone() -> Iterator[None]:
+def gc_frozen() -> Iterator[None]:
     """Let Python's collector look at objects only that are made inside of a `with` block.
 
     A full collection walks through all that imports and the building of a model have left: with torch and DeepSpeed

@@ -73,10 +73,10 @@ def resolve(run: Run, ds_config: str | None, world_size: int, local_size: int) -
 def check_data(run: Run) -> Corpus:
     """The run's dataset, after checking that model and data fit each other. Raises UserError."""
     info = run.data.load()
-    if info.vocab_size > run.model.vocab:
+    if info.vocab_size > run.model.vocab_size:
         raise UserError(
-            f"{info.path} has a vocabulary of {info.vocab_size} tokens, but model.vocab is {run.model.vocab}; "
-            f"use --model.vocab {info.vocab_size}, or tokenize with a smaller vocabulary"
+            f"{info.path} has a vocabulary of {info.vocab_size} tokens, but model.vocab_size is "
+            f"{run.model.vocab_size}; use --model.vocab_size {info.vocab_size}, or tokenize with a smaller vocabulary"
         )
     if info.seq_len % run.seq_len:
         raise UserError(
@@ -116,7 +116,7 @@ def describe(resolved: Resolved) -> str:
         f"layout: {resolved.world_size} ranks, expert parallel {resolved.expert_parallel}, ZeRO {stage}, "
         f"{resolved.precision}\n"
         f"batch: {run.batch_tokens:,} tokens = {run.batch_sequences} sequences of {run.seq_len} = "
-        f"{run.dealt(resolved.world_size)} x {resolved.accumulation} micro-batches of {run.micro_batch}\n{ramp}"
+        f"{run.dealt(resolved.world_size)} x {resolved.accumulation} micro-batches of {run.micro_batch_size}\n{ramp}"
         f"steps: {run.steps:,} = {run.tokens_after(run.steps):,} tokens"
     )
 
@@ -189,7 +189,7 @@ def start(
         if rank_from_environment() == 0:
             print(describe(resolved))
         return False
-    if run.parallel.compile_blocks:
+    if run.parallel.compile:
         check_compiler(torch.cuda.is_available())
     signals = StopSignals()
     info = check_data(run)
@@ -222,7 +222,7 @@ already is continued from its newest checkpoint.
   --output DIR          run folder; default runs/NAME
   --data DIR            dataset made by `python -m data_prep.tokenize_to_mds`; or several to mix: DIR=0.7,DIR=0.3;
                         for DIR also a URL (s3://bucket/folder), with --data.cache DIR
-  --initial_model DIR   start from the weights of an exported model, or of a Hugging Face folder
+  --init_from DIR   start from the weights of an exported model, or of a Hugging Face folder
   --expert_parallel N   ranks that share the experts of a layer; "auto" by default
   --stop_at_step N      save a checkpoint and stop there; start again to go on
   --max_minutes N       save and stop in time for the whole start to take at most N minutes
@@ -235,7 +235,7 @@ ended within 30 s, which leaves the checkpoint before. Where a step and a save t
 instead; for torchrun, TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 allows 600 s.
 
 Any field of the run is changed by its path, and the name of another kind swaps a part (--model.norm layernorm).
-A path through the list of blocks means all of them, blocks[0] or blocks.0 one. The fields and their values here:
+A path through the list of blocks means all of them, layers[0] or layers.0 one. The fields and their values here:
 
 {fields}"""
 

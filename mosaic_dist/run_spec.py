@@ -37,15 +37,15 @@ class Logging(Spec):
 class Run(Spec):
     """An experiment.
 
-    Each of `steps` updates is over `batch_tokens` tokens, whatever the cluster; every rank takes `micro_batch`
+    Each of `steps` updates is over `batch_tokens` tokens, whatever the cluster; every rank takes `micro_batch_size`
     sequences at a time and accumulates the rest. `precision` "auto" means bf16 where the GPU has it, fp16 on older
-    ones, fp32 on CPU. `nonfinite` says what a NaN or infinite loss does: "stop" the run, or "skip" the step; `spikes`
-    what one does that jumps.
+    ones, fp32 on CPU. `on_nonfinite_loss` says what a NaN or infinite loss does: "stop" the run, or "skip" the step;
+    `spikes` what one does that jumps.
     `validate_every_steps` 0 turns validation off. It takes `validation_samples` rows (0: all), evenly over the split;
     `seed` decides which ones. With `exact_match_samples` it also reports the exact-match accuracy on that many rows,
     where the data are questions with an answer each.
     With `early_stopping_patience` the run ends when so many validations in a row have not lowered the best loss (0:
-    never). `initial_model` is a folder, an exported model of ours or one that transformers saved, whose weights the run
+    never). `init_from` is a folder, an exported model of ours or one that transformers saved, whose weights the run
     starts from ("": from `seed`); a run that has a checkpoint goes on from that.
 
     With a `batch_ramp` the first updates are over fewer tokens, and so is the whole run: `steps` and the schedule count
@@ -60,11 +60,11 @@ class Run(Spec):
     steps: Positive
     batch_tokens: Positive
     batch_ramp: BatchRamp | None = None
-    micro_batch: Positive = 1
+    micro_batch_size: Positive = 1
     precision: Precision = "auto"
     seed: NonNegative = 0
-    initial_model: str = ""
-    nonfinite: Literal["stop", "skip"] = "stop"
+    init_from: str = ""
+    on_nonfinite_loss: Literal["stop", "skip"] = "stop"
     spikes: Spikes = Spikes()
     validate_every_steps: NonNegative = 0
     validation_samples: NonNegative = 256
@@ -74,10 +74,12 @@ class Run(Spec):
     checkpoint: CheckpointPolicy = CheckpointPolicy()
     logging: Logging = Logging()
 
-    def check(self) -> None:
+    def validate(self) -> None:
         """Sequences fit the model, the batch is made of whole sequences, the warm-up ends before the run."""
-        if self.seq_len > self.model.context:
-            raise SpecError("data.seq_len", f"{self.seq_len} is more than the model's context ({self.model.context})")
+        if self.seq_len > self.model.max_seq_len:
+            raise SpecError(
+                "data.seq_len", f"{self.seq_len} is more than the model's context ({self.model.max_seq_len})"
+            )
         if self.batch_tokens % self.seq_len:
             low = self.batch_tokens // self.seq_len * self.seq_len
             raise SpecError(
@@ -112,7 +114,7 @@ class Run(Spec):
     @property
     def seq_len(self) -> int:
         """Tokens per sequence: the data's, or the model's whole context."""
-        return self.data.seq_len or self.model.context
+        return self.data.seq_len or self.model.max_seq_len
 
     @property
     def batch_sequences(self) -> int:
@@ -134,20 +136,21 @@ class Run(Spec):
     def check_ramp(self, world_size: int, cursor: int = 0) -> None:
         """SpecError where a batch that lies ahead of so many sequences cannot be dealt out evenly to the ranks."""
         if self.batch_ramp is not None:
-            why = f"which {self.dealt(world_size)} with micro-batches of {self.micro_batch} take at a time"
-            unit = self.micro_batch * (world_size // self.parallel.sequence_parallel) * self.seq_len
+            why = f"which {self.dealt(world_size)} with micro-batches of {self.micro_batch_size} take at a time"
+            unit = self.micro_batch_size * (world_size // self.parallel.sequence_parallel) * self.seq_len
             with at("batch_ramp"):
                 self.batch_ramp.check_ahead(cursor * self.seq_len, self.batch_tokens, unit, why)
 
     def accumulation(self, world_size: int) -> int:
         """Micro-batches per rank and step. `SpecError` where the batch cannot be dealt out evenly."""
-        per_round = self.micro_batch * (world_size // self.parallel.sequence_parallel)
+        per_round = self.micro_batch_size * (world_size // self.parallel.sequence_parallel)
         if self.batch_sequences % per_round:
             raise SpecError(
                 "batch_tokens",
                 f"{self.batch_tokens} tokens are {self.batch_sequences} sequences of {self.seq_len}; "
-                f"{self.dealt(world_size)} take micro-batches of {self.micro_batch}, that is {per_round} sequences at "
-                "a time, which does not divide them; change batch_tokens, micro_batch or the number of ranks",
+                f"{self.dealt(world_size)} take micro-batches of {self.micro_batch_size}, that is "
+                f"{per_round} sequences at a time, which does not divide them; change batch_tokens, micro_batch_size "
+                "or the number of ranks",
             )
         return self.batch_sequences // per_round
 
@@ -163,10 +166,10 @@ class Run(Spec):
         return fill_config(
             config,
             precision=precision,
-            micro_batch=self.micro_batch,
+            micro_batch_size=self.micro_batch_size,
             accumulation=self.accumulation(world_size),
             world_size=world_size,
-            clip_norm=self.optimizer.clip_norm,
+            max_grad_norm=self.optimizer.max_grad_norm,
         )
 
 
@@ -227,9 +230,9 @@ MAY_CHANGE = (
     "data.workers",
     "data.verify",
     "model.loss.chunk_tokens",
-    "micro_batch",
+    "micro_batch_size",
     "precision",
-    "nonfinite",
+    "on_nonfinite_loss",
     "spikes.",
 )
 """Fields with others of which a run may be continued: they belong to the cluster rather than to the experiment, or say
@@ -247,7 +250,7 @@ def differences(old: Run, new: Run) -> Iterator[str]:
 
 
 def _settled(run: Run) -> Iterator[tuple[str, Any]]:
-    yield "model.blocks", f"{len(run.model.blocks)} layers"  # equal blocks are one leaf each, however many they are
+    yield "model.layers", f"{len(run.model.layers)} layers"  # equal blocks are one leaf each, however many they are
     for path, value in leaves(run):
         if not path.startswith(MAY_CHANGE) and not STREAM_PATH.fullmatch(path):
             yield path, value

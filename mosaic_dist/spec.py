@@ -5,7 +5,7 @@ Subclasses become dataclasses by themselves. One that can be chosen among others
 
     class Norm(Spec): ...                     # a family
     class RMSNorm(Norm, type="rmsnorm"):      # one kind of it
-        eps: Fraction = 1e-5
+        eps: UnitInterval = 1e-5
 
 and its values are checked when it is made, so a spec that exists is well-formed. Rules that span fields go into
 `check()`. Everything that is wrong is told as a `SpecError` with the dotted path of the field.
@@ -72,7 +72,7 @@ class Range:
 
 Positive = Annotated[int, Range(1)]
 NonNegative = Annotated[int, Range(0)]
-Fraction = Annotated[float, Range(0.0, 1.0)]
+UnitInterval = Annotated[float, Range(0.0, 1.0)]
 PositiveFloat = Annotated[float, Range(1e-30)]
 NonNegativeFloat = Annotated[float, Range(0.0)]
 
@@ -94,9 +94,9 @@ class Spec:
             _refuse_credentials(value, name)
             object.__setattr__(self, name, value)
         if not (_keeps_unknown.get() and holds_unknown(self)):
-            self.check()
+            self.validate()
 
-    def check(self) -> None:
+    def validate(self) -> None:
         """Refuse values that do not go together: raise `SpecError(field, reason)`."""
 
     def to_dict(self) -> dict[str, Any]:
@@ -474,9 +474,9 @@ def _unfold(items: Sequence[Any], path: str) -> Iterator[Any]:
 
 
 def override(spec: S, changes: Mapping[str, Any]) -> S:
-    """Return the spec with fields replaced by dotted path: `{"model.blocks.ffn.top_k": 1, "model.norm": "layernorm"}`.
+    """Return the spec with fields replaced by dotted path: `{"model.layers.ffn.top_k": 1, "model.norm": "layernorm"}`.
 
-    A path through a list means all of its items that have the field, `blocks[0].` or `blocks.0.` only that one. The
+    A path through a list means all of its items that have the field, `layers[0].` or `layers.0.` only that one. The
     bare name of another kind swaps the type and keeps the fields that both kinds have. All changes are made before
     anything is checked, so fields that depend on each other can change together.
     """

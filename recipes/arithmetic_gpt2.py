@@ -11,26 +11,26 @@ from mosaic_dist.optim import AdamW, Cosine
 from mosaic_dist.run import main
 from mosaic_dist.run_spec import Run
 
-block = Block(attention=MHA(heads=4, bias=True, dropout=0.1), ffn=GELU(width=512, bias=True), dropout=0.1)
+block = Block(attention=MHA(heads=4, bias=True, dropout=0.1), ffn=GELU(hidden_dim=512, bias=True), dropout=0.1)
 
 run = Run(
     name="arithmetic_gpt2",
     model=Transformer(
-        vocab=18,
+        vocab_size=18,
         dim=128,
-        context=64,
+        max_seq_len=64,
         position=Learned(),
-        blocks=4 * (block,),
+        layers=4 * (block,),
         norm=LayerNorm(),
         head=Tied(),
         init=Init(std=0.08),  # about 1 / sqrt(width): with GPT-2's 0.02 so narrow a model learns four times slower
     ),
     data=Data(seq_len=16),
-    optimizer=AdamW(learning_rate=2e-3, weight_decay=0.1, clip_norm=1.0, beta2=0.99),
-    schedule=Cosine(warmup_steps=100, final_fraction=0.05),
+    optimizer=AdamW(learning_rate=2e-3, weight_decay=0.1, max_grad_norm=1.0, beta2=0.99),
+    schedule=Cosine(warmup_steps=100, min_lr_ratio=0.05),
     steps=9000,
     batch_tokens=2048,
-    micro_batch=128,
+    micro_batch_size=128,
     validate_every_steps=500,
     validation_samples=0,
     exact_match_samples=1024,

@@ -13,12 +13,12 @@ from mosaic_dist.run import main
 
 block = Block(
     attention=MHA(heads=4),
-    ffn=MoE(expert=SwiGLU(width=512), experts=4, top_k=2, router=TopKSoftmax()),
+    ffn=MoE(expert=SwiGLU(hidden_dim=512), experts=4, top_k=2, router=TopKSoftmax()),
 )
 run = replace(
     run,
     name="arithmetic_mixtral",
-    model=replace(run.model, blocks=4 * (block,)),
+    model=replace(run.model, layers=4 * (block,)),
     optimizer=replace(run.optimizer, learning_rate=1e-3),
 )
 

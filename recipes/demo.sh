@@ -14,7 +14,7 @@ if [ "$gpus" -gt 0 ]; then
 else
   steps=${2:-420}
   ranks=2
-  layout=(--expert_parallel 2 --batch_tokens 1024 --micro_batch 1)
+  layout=(--expert_parallel 2 --batch_tokens 1024 --micro_batch_size 1)
 fi
 
 show() { # print a command, then run it

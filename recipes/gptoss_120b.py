@@ -10,21 +10,21 @@ from dataclasses import replace
 
 from gptoss_20b import run
 
-from mosaic_dist.model import MHA, Block, MoE, Recompute, SwiGLU
+from mosaic_dist.model import MHA, ActivationCheckpointing, Block, MoE, SwiGLU
 from mosaic_dist.parallel.spec import Parallel
 from mosaic_dist.run import main
 
 block = Block(
     attention=MHA(heads=64),
-    ffn=MoE(expert=SwiGLU(width=9088), experts=16, top_k=2, balance_weight=0.01),
+    ffn=MoE(expert=SwiGLU(hidden_dim=9088), experts=16, top_k=2, aux_loss_coef=0.01),
 )
-model = replace(run.model, dim=4096, blocks=64 * (block,))
+model = replace(run.model, dim=4096, layers=64 * (block,))
 run = replace(
     run,
     name="gptoss_120b",
     model=model,
     optimizer=replace(run.optimizer, learning_rate=1.5e-4),
-    parallel=Parallel(recompute=Recompute(parts="full")),
+    parallel=Parallel(activation_checkpointing=ActivationCheckpointing(parts="full")),
 )
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 multiple of 128 that brings the total nearest to 20B; a quarter of the expert weights are active, 5.7B in all.
 
 For long sequences there is a form with 8 key-value heads and an output table of its own, 20.3B in all:
-`--model.blocks.attention gqa --model.blocks.attention.kv_heads 8 --model.head linear`.
+`--model.layers.attention gqa --model.layers.attention.kv_heads 8 --model.head linear`.
 """
 
 from mosaic_dist.checkpoint import CheckpointPolicy
@@ -16,26 +16,26 @@ from mosaic_dist.run_spec import Run
 
 block = Block(
     attention=MHA(heads=32),
-    ffn=MoE(expert=SwiGLU(width=12_160), experts=8, top_k=2, balance_weight=0.01),
+    ffn=MoE(expert=SwiGLU(hidden_dim=12_160), experts=8, top_k=2, aux_loss_coef=0.01),
 )
 
 run = Run(
     name="gptoss_20b",
     model=Transformer(
-        vocab=200_000,
+        vocab_size=200_000,
         dim=2048,
-        context=131_072,
-        position=RoPE(base=150_000.0),
-        blocks=32 * (block,),
+        max_seq_len=131_072,
+        position=RoPE(theta=150_000.0),
+        layers=32 * (block,),
         norm=RMSNorm(),
         head=Tied(),
     ),
     data=Data(seq_len=8192),
-    optimizer=AdamW(learning_rate=3e-4, weight_decay=0.1, clip_norm=1.0),
-    schedule=Cosine(warmup_steps=2000, final_fraction=0.1),
+    optimizer=AdamW(learning_rate=3e-4, weight_decay=0.1, max_grad_norm=1.0),
+    schedule=Cosine(warmup_steps=2000, min_lr_ratio=0.1),
     steps=100_000,
     batch_tokens=4_194_304,
-    micro_batch=1,
+    micro_batch_size=1,
     validate_every_steps=1000,
     checkpoint=CheckpointPolicy(every_steps=500, keep_last=2),
 )

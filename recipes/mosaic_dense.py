@@ -7,8 +7,8 @@ from mosaic_small import block, run
 from mosaic_dist.model import SwiGLU
 from mosaic_dist.run import main
 
-dense = replace(block, ffn=SwiGLU(width=3584))
-run = replace(run, name="mosaic_dense", model=replace(run.model, blocks=12 * (dense,)))
+dense = replace(block, ffn=SwiGLU(hidden_dim=3584))
+run = replace(run, name="mosaic_dense", model=replace(run.model, layers=12 * (dense,)))
 
 if __name__ == "__main__":
     main(run)

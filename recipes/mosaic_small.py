@@ -13,26 +13,26 @@ from mosaic_dist.run_spec import Run
 
 block = Block(
     attention=MLA(heads=12, kv_compression_dim=256),
-    ffn=MoE(expert=SwiGLU(width=1344), experts=8, top_k=2, shared_experts=1, balance_weight=0.01),
+    ffn=MoE(expert=SwiGLU(hidden_dim=1344), experts=8, top_k=2, shared_experts=1, aux_loss_coef=0.01),
 )
 
 run = Run(
     name="mosaic_small",
     model=Transformer(
-        vocab=32_768,
+        vocab_size=32_768,
         dim=768,
-        context=2048,
-        position=DecoupledRoPE(width=32),
-        blocks=12 * (block,),
+        max_seq_len=2048,
+        position=DecoupledRoPE(rope_head_dim=32),
+        layers=12 * (block,),
         norm=RMSNorm(),
         head=Tied(),
     ),
     data=Data(),
-    optimizer=AdamW(learning_rate=6e-4, weight_decay=0.1, clip_norm=1.0),
-    schedule=Cosine(warmup_steps=500, final_fraction=0.1),
+    optimizer=AdamW(learning_rate=6e-4, weight_decay=0.1, max_grad_norm=1.0),
+    schedule=Cosine(warmup_steps=500, min_lr_ratio=0.1),
     steps=20_000,
     batch_tokens=524_288,
-    micro_batch=8,
+    micro_batch_size=8,
     validate_every_steps=500,
     checkpoint=CheckpointPolicy(every_steps=500, keep_last=2),
 )

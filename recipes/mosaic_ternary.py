@@ -4,14 +4,14 @@ from dataclasses import replace
 
 from mosaic_small import block, run
 
-from mosaic_dist.model import MoE, SwiGLU, TernaryMatrix
+from mosaic_dist.model import MoE, SwiGLU, TernaryLinearKind
 from mosaic_dist.run import main
 
 ternary = replace(
     block,
-    ffn=MoE(expert=SwiGLU(width=1344, matrix=TernaryMatrix()), experts=8, top_k=2, shared_experts=1),
+    ffn=MoE(expert=SwiGLU(hidden_dim=1344, linear=TernaryLinearKind()), experts=8, top_k=2, shared_experts=1),
 )
-run = replace(run, name="mosaic_ternary", model=replace(run.model, blocks=12 * (ternary,)))
+run = replace(run, name="mosaic_ternary", model=replace(run.model, layers=12 * (ternary,)))
 
 if __name__ == "__main__":
     main(run)

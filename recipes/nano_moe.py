@@ -12,9 +12,9 @@ from mosaic_dist.run import main
 
 block = Block(
     attention=MQA(heads=12),
-    ffn=MoE(expert=SwiGLU(width=2048), split=4, experts=8 * 4, top_k=3, shared_experts=1, balance_weight=0.01),
+    ffn=MoE(expert=SwiGLU(hidden_dim=2048), split=4, experts=8 * 4, top_k=3, shared_experts=1, aux_loss_coef=0.01),
 )
-run = replace(run, name="nano_moe", model=replace(run.model, blocks=12 * (block,)))
+run = replace(run, name="nano_moe", model=replace(run.model, layers=12 * (block,)))
 
 if __name__ == "__main__":
     main(run)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from openai_gptoss_20b import full, run, sliding
 
-from mosaic_dist.model import Recompute
+from mosaic_dist.model import ActivationCheckpointing
 from mosaic_dist.parallel.spec import Parallel
 from mosaic_dist.run import main
 
@@ -15,8 +15,8 @@ blocks = 18 * tuple(replace(block, ffn=replace(block.ffn, experts=128)) for bloc
 run = replace(
     run,
     name="openai_gptoss_120b",
-    model=replace(run.model, blocks=blocks),
-    parallel=Parallel(recompute=Recompute(parts="full")),
+    model=replace(run.model, layers=blocks),
+    parallel=Parallel(activation_checkpointing=ActivationCheckpointing(parts="full")),
 )
 
 if __name__ == "__main__":

@@ -12,17 +12,19 @@ from mosaic_dist.model import GQA, Block, ClampedSwiGLU, MoE, RMSNorm, RoPE, Top
 from mosaic_dist.run import main
 
 sliding = Block(
-    attention=GQA(heads=64, kv_heads=8, head_width=64, bias=True, sinks=True, window=128),
-    ffn=MoE(expert=ClampedSwiGLU(width=2880, bias=True), experts=32, top_k=4, router=TopKSoftmax(), router_bias=True),
+    attention=GQA(heads=64, kv_heads=8, head_dim=64, bias=True, attention_sinks=True, sliding_window=128),
+    ffn=MoE(
+        expert=ClampedSwiGLU(hidden_dim=2880, bias=True), experts=32, top_k=4, router=TopKSoftmax(), router_bias=True
+    ),
 )
-full = replace(sliding, attention=replace(sliding.attention, window=None))
+full = replace(sliding, attention=replace(sliding.attention, sliding_window=None))
 model = replace(
     run.model,
-    vocab=201_088,
+    vocab_size=201_088,
     dim=2880,
-    position=RoPE(base=150_000.0, scaling=YaRN(factor=32.0, original_context=4096, truncate=False)),
+    position=RoPE(theta=150_000.0, scaling=YaRN(factor=32.0, original_max_seq_len=4096, truncate=False)),
     norm=RMSNorm(eps=1e-5),
-    blocks=12 * (sliding, full),
+    layers=12 * (sliding, full),
     head=Untied(),
 )
 run = replace(run, name="openai_gptoss_20b", model=model)

@@ -14,27 +14,27 @@ from mosaic_dist.run_spec import Run
 
 block = Block(
     attention=MHA(heads=8),
-    ffn=MoE(expert=SwiGLU(width=2048), split=8, experts=8, top_k=2, balance_weight=0.01),
+    ffn=MoE(expert=SwiGLU(hidden_dim=2048), split=8, experts=8, top_k=2, aux_loss_coef=0.01),
 )
 
 run = Run(
     name="t4_moe",
     model=Transformer(
-        vocab=8192,
+        vocab_size=8192,
         dim=512,
-        context=512,
+        max_seq_len=512,
         embedding=Factored(rank=128, multiplier=512**0.5),
         position=Learned(),
-        blocks=4 * (block,),
+        layers=4 * (block,),
         norm=RMSNorm(),
         head=Tied(),
     ),
     data=Data(),
-    optimizer=AdamW(learning_rate=1e-3, weight_decay=0.1, clip_norm=1.0),
-    schedule=Cosine(warmup_steps=200, final_fraction=0.1),
+    optimizer=AdamW(learning_rate=1e-3, weight_decay=0.1, max_grad_norm=1.0),
+    schedule=Cosine(warmup_steps=200, min_lr_ratio=0.1),
     steps=20_000,
     batch_tokens=32_768,
-    micro_batch=8,
+    micro_batch_size=8,
     validate_every_steps=500,
     checkpoint=CheckpointPolicy(every_steps=500, keep_last=2),
 )

@@ -9,8 +9,9 @@ from mosaic_dist.parallel import Engine, choose_degree, expert_counts, fill_conf
 from mosaic_dist.plan.sizes import recipes_in
 
 SMALL = {
-    "vocab": 64, "dim": 32, "context": 32, "rank": 8, "heads": 4, "head_width": 8, "kv_heads": 2, "window": 8,
-    "kv_compression_dim": 8, "q_compression_dim": 8, "original_context": 16,
+    "vocab_size": 64, "dim": 32, "max_seq_len": 32, "rank": 8, "heads": 4, "head_dim": 8, "rope_head_dim": 4,
+    "hidden_dim": 32, "kv_heads": 2, "sliding_window": 8,
+    "kv_compression_dim": 8, "q_compression_dim": 8, "original_max_seq_len": 16,
 }  # fmt: skip
 
 
@@ -18,10 +19,8 @@ def shrink(value: Any, key: str = "") -> Any:
     """A spec's dict with every size made small; the kinds of its parts, their number of experts and choices stay."""
     if isinstance(value, dict):
         small = {name: shrink(item, name) for name, item in value.items()}
-        if "width" in small:
-            small["width"] = 4 if small["type"] == "decoupled_rope" else 32
         return small
-    if key == "blocks":
+    if key == "layers":
         return [shrink(block) for block in (*value[:1], *value[-1:])]
     return SMALL.get(key, value) if value is not None else None
 
@@ -36,8 +35,8 @@ def main() -> None:
         with torch.device("meta"):
             degree = choose_degree("auto", expert_counts(model.build()), world.size, world.size)
         config = fill_config(
-            {"zero_optimization": {"stage": 2}}, precision="fp32", micro_batch=2, accumulation=1, world_size=2,
-            clip_norm=1.0,
+            {"zero_optimization": {"stage": 2}}, precision="fp32", micro_batch_size=2, accumulation=1, world_size=2,
+            max_grad_norm=1.0,
         )  # fmt: skip
         engine = Engine(model, run.optimizer, config, degree, 0, world)
         losses = [engine.train_step(mine[:, :-1], mine[:, 1:], 5e-3).loss for _ in range(3)]

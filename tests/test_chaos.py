@@ -16,7 +16,7 @@ from benchmarks.chaos.aim import MOMENTS
 from benchmarks.chaos.campaign import Campaign, Kill, Outcome, Setting, first_difference, newest_step, story
 from benchmarks.chaos.job import Ending, Process, kill
 from benchmarks.chaos.report import verdict
-from mosaic_dist.checkpoint import Piece, save
+from mosaic_dist.checkpoint import TensorShard, save
 from tests.end_to_end.conftest import command
 
 KILL = Kill("synchronous", "step", 1, Ending(2.0, 3.0), load=1.0, reached=7, complete=4, left=4)
@@ -27,7 +27,7 @@ def make_run(folder: Path, losses: list[float], weight: float = 1.0) -> Path:
     records = [{"step": step, "loss": loss, "step_seconds": 0.1} for step, loss in enumerate(losses, 1)]
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    piece = Piece("a", "master", 0, torch.full((8,), weight))
+    piece = TensorShard("a", "master", 0, torch.full((8,), weight))
     save(folder / "checkpoints", len(losses), [piece], {"a": (8,)}, {"cursor": len(losses)}, {})
     return folder
 

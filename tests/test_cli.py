@@ -44,9 +44,9 @@ def _fresh():
 def test_words_become_typed_arguments():
     assert run_command(tool, "tool", ["--path", "x", "--count=4", "--flag"]) == "x"
     assert calls == [("x", 4, "a", True)]
-    assert run_command(gather, "gather", ["a", "b", "--model.blocks.ffn.top_k", "1", "--model.norm=layernorm"]) == (
+    assert run_command(gather, "gather", ["a", "b", "--model.layers.ffn.top_k", "1", "--model.norm=layernorm"]) == (
         ("a", "b"),
-        {"model.blocks.ffn.top_k": "1", "model.norm": "layernorm"},
+        {"model.layers.ffn.top_k": "1", "model.norm": "layernorm"},
     )
 
 
@@ -66,14 +66,14 @@ def test_text_is_taken_as_it_stands(word, form):
 
 def test_other_fields_are_read_by_their_types():
     words = "--optimizer.learning_rate 1e-3 --data.shuffle=False --logging.trackers [wandb] --batch_ramp None".split()
-    _, changes = run_command(gather, "gather", [*words, "--model.blocks.ffn", "{type: swiglu, width: 64}"])
+    _, changes = run_command(gather, "gather", [*words, "--model.layers.ffn", "{type: swiglu, hidden_dim: 64}"])
     changed = override(run, changes)
     assert (changed.optimizer.learning_rate, changed.data.shuffle, changed.logging.trackers) == (
         1e-3,
         False,
         ("wandb",),
     )
-    assert (changed.batch_ramp, changed.model.blocks[0].ffn) == (None, SwiGLU(width=64))
+    assert (changed.batch_ramp, changed.model.layers[0].ffn) == (None, SwiGLU(hidden_dim=64))
     assert run_command(optional, "optional", ["--name", "None"]) is None
 
 

@@ -46,7 +46,7 @@ def test_urls_with_credentials_are_refused_by_every_field_and_masked_in_every_me
     for changes, path in (
         ({"data.path": url}, r"data\.path"),
         ({"data.streams": mixture}, r"data\.streams\[1\]\.path"),
-        ({"initial_model": url}, "initial_model"),
+        ({"init_from": url}, "init_from"),
     ):
         with pytest.raises(SpecError, match=rf"{path}: .* AWS_SECRET_ACCESS_KEY") as caught:
             override(run, changes)

@@ -4,10 +4,10 @@ import gc
 
 import pytest
 
-from mosaic_dist.memory import old_objects_left_alone
+from mosaic_dist.memory import gc_frozen
 
 
-@old_objects_left_alone()
+@gc_frozen()
 def frozen_then_failing(counts: list[int]) -> None:
     counts.append(gc.get_freeze_count())
     raise KeyError

@@ -28,7 +28,7 @@ def sums(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, sums):
     path = tmp_path_factory.mktemp("run") / "run"
-    words = ("--data", sums, "--output", path, "--micro_batch", "8", "--validate_every_steps", "2")
+    words = ("--data", sums, "--output", path, "--micro_batch_size", "8", "--validate_every_steps", "2")
     done = command(sys.executable, "-m", "tests.train.expert_run", *words)
     assert done.returncode == 0, done.stdout[-3000:]
     return path
@@ -99,7 +99,7 @@ def test_what_an_environment_has_otherwise_is_listed():
 
 def test_numbers_are_compared_by_step_and_name():
     there = [
-        {"step": 1, "loss": 2.0, "step_seconds": 1.0, "experts": {"blocks.1": {"load": [3, 5]}}},
+        {"step": 1, "loss": 2.0, "step_seconds": 1.0, "experts": {"layers.1": {"load": [3, 5]}}},
         {"step": 2, "loss": math.nan, "validation_loss": 3.0, "epoch/web": 0.5},
         {"step": 3, "loss": 1.0},
     ]
@@ -108,11 +108,11 @@ def test_numbers_are_compared_by_step_and_name():
     assert found[:4] == (3, 1 + 2 + 3 + 1, None, None)
     assert found.is_within(0)
     here = [
-        {"step": 1, "loss": 2.0, "experts": {"blocks.1": {"load": [3, 4]}}},
+        {"step": 1, "loss": 2.0, "experts": {"layers.1": {"load": [3, 4]}}},
         {"step": 2, "loss": 1.0, "epoch/web": 0.5},
     ]
     found = compare(there, here, 3)
-    assert found.first == Difference(1, "experts/blocks.1/load[1]", 5.0, 4.0, 0.2)
+    assert found.first == Difference(1, "experts/layers.1/load[1]", 5.0, 4.0, 0.2)
     assert found.largest[:2] == (2, "loss")
     assert found.largest.relative == math.inf
     assert found.missing == [3]

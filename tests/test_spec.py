@@ -6,7 +6,7 @@ from typing import Literal
 import pytest
 
 from mosaic_dist.model import MHA, Block, Factored, LayerNorm, MoE, RMSNorm, SwiGLU, Transformer
-from mosaic_dist.spec import Fraction, Positive, Spec, SpecError, fields, kinds, leaves, override
+from mosaic_dist.spec import Positive, Spec, SpecError, UnitInterval, fields, kinds, leaves, override
 
 
 class Colour(Spec):
@@ -19,7 +19,7 @@ class Red(Colour, type="red"):
 
 class Green(Colour, type="green"):
     depth: Positive = 5
-    hue: Fraction = 0.5
+    hue: UnitInterval = 0.5
 
 
 class Palette(Spec):
@@ -30,9 +30,11 @@ class Palette(Spec):
     weights: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
-DENSE = Block(attention=MHA(heads=2), ffn=SwiGLU(width=16))
-SPARSE = Block(attention=MHA(heads=2), ffn=MoE(expert=SwiGLU(width=16), experts=4))
-MODEL = Transformer(vocab=32, dim=8, context=16, embedding=Factored(rank=4), blocks=3 * (DENSE, SPARSE) + (DENSE,))
+DENSE = Block(attention=MHA(heads=2), ffn=SwiGLU(hidden_dim=16))
+SPARSE = Block(attention=MHA(heads=2), ffn=MoE(expert=SwiGLU(hidden_dim=16), experts=4))
+MODEL = Transformer(
+    vocab_size=32, dim=8, max_seq_len=16, embedding=Factored(rank=4), layers=3 * (DENSE, SPARSE) + (DENSE,)
+)
 
 
 def test_round_trips_lose_nothing():
@@ -46,7 +48,7 @@ def test_yaml_folds_repeated_blocks():
     text = MODEL.to_yaml()
     assert text.count("type: moe") == 1
     assert "repeat: 3" in text
-    assert len(Transformer.from_yaml(text).blocks) == 7
+    assert len(Transformer.from_yaml(text).layers) == 7
 
 
 def test_specs_are_frozen_and_keyword_only():
@@ -85,18 +87,18 @@ def test_mistakes_are_told_with_their_path(data, path, says):
 
 def test_rules_between_fields_have_a_path():
     data = MODEL.to_dict()
-    data["blocks"][1]["ffn"]["top_k"] = 9
+    data["layers"][1]["ffn"]["top_k"] = 9
     with pytest.raises(SpecError) as caught:
         Transformer.from_dict(data)
-    assert caught.value.path == "blocks[1].ffn.top_k"
+    assert caught.value.path == "layers[1].ffn.top_k"
     assert "9 experts per token, but there are 4" in caught.value.reason
 
 
 def test_parts_that_do_not_fit_the_width_have_a_path():
-    wrong = override(MODEL, {"blocks.2.attention.heads": 3})
+    wrong = override(MODEL, {"layers.2.attention.heads": 3})
     with pytest.raises(SpecError) as caught:
         wrong.build()
-    assert caught.value.path == "blocks[2].attention.heads"
+    assert caught.value.path == "layers[2].attention.heads"
 
 
 @pytest.mark.parametrize(("text", "value"), [("1e-3", 1e-3), ("2E6", 2e6), ("1.5", 1.5), ("3", 3.0)])
@@ -111,11 +113,11 @@ def test_bad_yaml_is_refused(text):
 
 
 def test_override_all_blocks_or_one():
-    everywhere = override(MODEL, {"blocks.ffn.experts": 8})
-    assert [getattr(b.ffn, "experts", None) for b in everywhere.blocks] == [None, 8, None, 8, None, 8, None]
-    for path in ("blocks[3].ffn.experts", "blocks.3.ffn.experts", "blocks.-4.ffn.experts"):
+    everywhere = override(MODEL, {"layers.ffn.experts": 8})
+    assert [getattr(b.ffn, "experts", None) for b in everywhere.layers] == [None, 8, None, 8, None, 8, None]
+    for path in ("layers[3].ffn.experts", "layers.3.ffn.experts", "layers.-4.ffn.experts"):
         one = override(MODEL, {path: 8})
-        assert [getattr(b.ffn, "experts", None) for b in one.blocks] == [None, 4, None, 8, None, 4, None]
+        assert [getattr(b.ffn, "experts", None) for b in one.layers] == [None, 4, None, 8, None, 4, None]
 
 
 def test_override_swaps_a_kind_and_keeps_what_both_have():
@@ -127,21 +129,21 @@ def test_override_swaps_a_kind_and_keeps_what_both_have():
 
 def test_truth_is_taken_as_yaml_writes_it():
     for word, truth in (("true", True), ("false", False), (True, True)):
-        assert override(MODEL, {"blocks.attention.bias": word}).blocks[0].attention.bias is truth
+        assert override(MODEL, {"layers.attention.bias": word}).layers[0].attention.bias is truth
     with pytest.raises(SpecError, match="expected bool, got 'yes'"):
-        override(MODEL, {"blocks.attention.bias": "yes"})
+        override(MODEL, {"layers.attention.bias": "yes"})
 
 
 def test_override_checks_after_all_changes():
-    both = override(MODEL, {"blocks.ffn.top_k": 6, "blocks.ffn.experts": 8})
-    assert both.blocks[1].ffn == MoE(expert=SwiGLU(width=16), experts=8, top_k=6)
+    both = override(MODEL, {"layers.ffn.top_k": 6, "layers.ffn.experts": 8})
+    assert both.layers[1].ffn == MoE(expert=SwiGLU(hidden_dim=16), experts=8, top_k=6)
 
 
 @pytest.mark.parametrize(
     ("path", "value", "says"),
     [
-        ("blocks.ffn.topk", 1, "did you mean 'top_k'"),
-        ("blocks.9.ffn.width", 1, "there are 7 items"),
+        ("layers.ffn.topk", 1, "did you mean 'top_k'"),
+        ("layers.9.ffn.hidden_dim", 1, "there are 7 items"),
         ("norm", "layernrm", "did you mean 'layernorm'"),
         ("dim.x", 1, "has no fields"),
         ("dims", 1, "did you mean 'dim'"),

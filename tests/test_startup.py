@@ -10,8 +10,8 @@ from benchmarks.startup.__main__ import Spent, by_package, medians, phases
 from tests.launch import ROOT, clean_environment
 
 SMALL = (
-    "--model.vocab 1024 --model.dim 32 --model.embedding.rank 16 --model.blocks.attention.heads 2 "
-    "--model.blocks.ffn.expert.width 64 --model.blocks.ffn.experts 4 --model.blocks.ffn.split 4 --data.workers 0"
+    "--model.vocab_size 1024 --model.dim 32 --model.embedding.rank 16 --model.layers.attention.heads 2 "
+    "--model.layers.ffn.expert.hidden_dim 64 --model.layers.ffn.experts 4 --model.layers.ffn.split 4 --data.workers 0"
 ).split()
 
 

@@ -42,9 +42,9 @@ from mosaic_dist.spec import NonNegative, Positive, PositiveFloat
 VOCABULARY, CONTEXT = 512, 32
 TOKENIZER_BYTES = 2_000_000
 TINY = (
-    f"--ds_config ds_configs/zero2.json --model.vocab {VOCABULARY} --model.context {CONTEXT} --model.dim 32 "
-    "--model.embedding.rank 16 --model.blocks.attention.heads 2 --model.blocks.ffn.expert.width 64 "
-    "--model.blocks.ffn.experts 4 --model.blocks.ffn.split 4 --batch_tokens 256 --micro_batch 4 "
+    f"--ds_config ds_configs/zero2.json --model.vocab_size {VOCABULARY} --model.max_seq_len {CONTEXT} --model.dim 32 "
+    "--model.embedding.rank 16 --model.layers.attention.heads 2 --model.layers.ffn.expert.hidden_dim 64 "
+    "--model.layers.ffn.experts 4 --model.layers.ffn.split 4 --batch_tokens 256 --micro_batch_size 4 "
     "--schedule.warmup_steps 2 --optimizer.learning_rate 1e-2 --validate_every_steps 30 --validation_samples 8 "
     f"--data.workers 2 --checkpoint.every_steps {EVERY_STEPS} --checkpoint.keep_last 1"
 ).split()

@@ -32,7 +32,7 @@ def measure(case: Case, rounds: int, clock: Clock, world: World) -> Cost:
     """The cost of a step: best time of up to `rounds` steps, and bytes of one."""
     engine = build(case, world)
     generator = torch.Generator().manual_seed(world.rank)
-    tokens_BT = torch.randint(case.model.vocab, (case.micro_batch, case.seq_len + 1), generator=generator)
+    tokens_BT = torch.randint(case.model.vocab_size, (case.micro_batch_size, case.seq_len + 1), generator=generator)
 
     def step() -> None:
         engine.train_step(tokens_BT[:, :-1], tokens_BT[:, 1:], OPTIMIZER.learning_rate)
@@ -50,12 +50,12 @@ def build(case: Case, world: World) -> Engine:
     config = fill_config(
         {"zero_optimization": {"stage": 1, "reduce_bucket_size": BUCKET_ELEMENTS}},
         precision="fp32",
-        micro_batch=case.micro_batch,
+        micro_batch_size=case.micro_batch_size,
         accumulation=1,
         world_size=world.size,
-        clip_norm=OPTIMIZER.clip_norm,
+        max_grad_norm=OPTIMIZER.max_grad_norm,
     )
-    parallel = Parallel(recompute=case.recompute)
+    parallel = Parallel(activation_checkpointing=case.activation_checkpointing)
     return Engine(case.model, OPTIMIZER, config, case.expert_parallel, 0, world, parallel=parallel)
 
 

@@ -31,7 +31,7 @@ Launcher = Literal["deepspeed", "torchrun"]
 MODULE = "benchmarks.startup"
 SCRIPT = str(Path(__file__).with_name("rank.py"))
 ROOT = Path(__file__).parent.parent.parent
-SMALL = "--batch_tokens 2048 --micro_batch 2 --steps 1 --schedule.warmup_steps 1 --validate_every_steps 0"
+SMALL = "--batch_tokens 2048 --micro_batch_size 2 --steps 1 --schedule.warmup_steps 1 --validate_every_steps 0"
 TEXT_BYTES, VOCABULARY = 2_000_000, 1024
 LISTED_PACKAGES = 12
 

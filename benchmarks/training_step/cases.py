@@ -10,12 +10,12 @@ from torch import Tensor
 
 from mosaic_dist.convert.hugging_face import config_from_spec, weights_to_hugging_face
 from mosaic_dist.model import MoE, RoPE, SigmoidTopK, SwiGLU, Table, Transformer
-from mosaic_dist.plan.command import load_run
+from mosaic_dist.plan.command import load_recipe
 from mosaic_dist.run_spec import Run
 from mosaic_dist.spec import leaves, override
 
 ROUND_VOCABULARY = 64
-NARROWED = {"dim", "width", "heads", "kv_heads", "kv_compression_dim"}
+NARROWED = {"dim", "hidden_dim", "heads", "kv_heads", "kv_compression_dim"}
 """Fields that `Size.narrow` divides; a width of heads stays, so attention keeps its form."""
 
 
@@ -25,13 +25,13 @@ class Size(NamedTuple):
     layers: int = 0
     """The first ones; the vocabulary shrinks by the same factor, so that its share of the work stays the recipe's."""
     seq_len: int = 0
-    micro_batch: int = 0
+    micro_batch_size: int = 0
     narrow: int = 1
     """Divides all widths."""
 
 
-CPU = Size(layers=2, seq_len=512, micro_batch=4)
-TINY = Size(layers=1, seq_len=16, micro_batch=2, narrow=4)
+CPU = Size(layers=2, seq_len=512, micro_batch_size=4)
+TINY = Size(layers=1, seq_len=16, micro_batch_size=2, narrow=4)
 SIZES: dict[str, dict[str, Size]] = {
     "tiny": {
         "gpt2_reference": TINY,
@@ -80,32 +80,36 @@ class Case(NamedTuple):
         model = self.run.model.build_initialized(self.run.seed)
         ours = {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
         if self.config["model_type"] == GRANITE:
-            return dict(_granite_weights(len(self.run.model.blocks), ours))
+            return dict(_granite_weights(len(self.run.model.layers), ours))
         return dict(weights_to_hugging_face(self.run.model, ours, self.config))
 
 
 def make_case(recipe: str, size: Size) -> Case:
     """A recipe at a size."""
-    run = load_run(f"recipes/{recipe}.py")
+    run = load_recipe(f"recipes/{recipe}.py")
     change, config, said = TWINS[recipe]
     model = change(_cut(run.model, size))
-    seq_len, micro_batch = size.seq_len or run.seq_len, size.micro_batch or run.micro_batch
+    seq_len, micro_batch_size = size.seq_len or run.seq_len, size.micro_batch_size or run.micro_batch_size
     data = dataclasses.replace(run.data, seq_len=seq_len)
-    run = dataclasses.replace(run, model=model, data=data, batch_tokens=seq_len * micro_batch, micro_batch=micro_batch)
+    run = dataclasses.replace(
+        run, model=model, data=data, batch_tokens=seq_len * micro_batch_size, micro_batch_size=micro_batch_size
+    )
     return Case(recipe, run, config(model), said)
 
 
 def _cut(model: Transformer, size: Size) -> Transformer:
-    share = (size.layers or len(model.blocks)) / len(model.blocks) / size.narrow
+    share = (size.layers or len(model.layers)) / len(model.layers) / size.narrow
     if share == 1:
         return model
-    model = dataclasses.replace(model, blocks=model.blocks[: size.layers or None])
+    model = dataclasses.replace(model, layers=model.layers[: size.layers or None])
     narrowed = {
         path: max(1, value // size.narrow)
         for path, value in leaves(model)
         if path.rpartition(".")[2] in NARROWED and not path.startswith("position") and isinstance(value, int)
     }
-    return override(model, {**narrowed, "vocab": math.ceil(model.vocab * share / ROUND_VOCABULARY) * ROUND_VOCABULARY})
+    return override(
+        model, {**narrowed, "vocab_size": math.ceil(model.vocab_size * share / ROUND_VOCABULARY) * ROUND_VOCABULARY}
+    )
 
 
 # --- twins --------------------------------------------------------------------------------------------------------
@@ -116,7 +120,7 @@ def _as_it_is(model: Transformer) -> Transformer:
 
 
 def _with_sigmoid_router(model: Transformer) -> Transformer:
-    return override(model, {"blocks.ffn.router": SigmoidTopK().to_dict()})
+    return override(model, {"layers.ffn.router": SigmoidTopK().to_dict()})
 
 
 def _with_table_and_rope(model: Transformer) -> Transformer:
@@ -125,11 +129,11 @@ def _with_table_and_rope(model: Transformer) -> Transformer:
 
 def _dense_deepseek(model: Transformer) -> dict[str, Any]:
     """DeepSeek-V3 may begin with dense layers; here it has no others."""
-    block: Any = model.blocks[0]
-    mixture = MoE(expert=SwiGLU(width=block.ffn.width), experts=1, top_k=1, router=SigmoidTopK())
+    block: Any = model.layers[0]
+    mixture = MoE(expert=SwiGLU(hidden_dim=block.ffn.hidden_dim), experts=1, top_k=1, router=SigmoidTopK())
     last = dataclasses.replace(block, ffn=mixture)
-    config = config_from_spec(dataclasses.replace(model, blocks=(*model.blocks, last)))
-    return config | {"num_hidden_layers": len(model.blocks)}
+    config = config_from_spec(dataclasses.replace(model, layers=(*model.layers, last)))
+    return config | {"num_hidden_layers": len(model.layers)}
 
 
 GRANITE = "granitemoeshared"
@@ -137,24 +141,24 @@ GRANITE = "granitemoeshared"
 
 def _granite(model: Transformer) -> dict[str, Any]:
     """The one architecture with softmax routing and a shared expert without a gate; its multipliers are all one."""
-    block: Any = model.blocks[0]
-    width, position = block.ffn.expert.width // block.ffn.split, model.position
+    block: Any = model.layers[0]
+    width, position = block.ffn.expert.hidden_dim // block.ffn.split, model.position
     assert isinstance(position, RoPE)
     return {
         "model_type": GRANITE,
         "architectures": ["GraniteMoeSharedForCausalLM"],
-        "vocab_size": model.vocab,
+        "vocab_size": model.vocab_size,
         "hidden_size": model.dim,
         "intermediate_size": width,
         "shared_intermediate_size": width * block.ffn.shared_experts,
-        "num_hidden_layers": len(model.blocks),
+        "num_hidden_layers": len(model.layers),
         "num_attention_heads": block.attention.heads,
         "num_key_value_heads": block.attention.key_value_heads(),
         "attention_multiplier": (model.dim // block.attention.heads) ** -0.5,
         "num_local_experts": block.ffn.experts,
         "num_experts_per_tok": block.ffn.top_k,
-        "max_position_embeddings": model.context,
-        "rope_theta": position.base,
+        "max_position_embeddings": model.max_seq_len,
+        "rope_theta": position.theta,
         "rms_norm_eps": model.norm.eps,  # type: ignore[attr-defined]
         "tie_word_embeddings": True,
     }
@@ -164,7 +168,7 @@ def _granite_weights(layers: int, ours: dict[str, Tensor]) -> Iterator[tuple[str
     yield "model.embed_tokens.weight", ours["embedding.weight"]
     yield "model.norm.weight", ours["norm.weight"]
     for i in range(layers):
-        here, there = f"blocks.{i}", f"model.layers.{i}"
+        here, there = f"layers.{i}", f"model.layers.{i}"
         yield f"{there}.input_layernorm.weight", ours[f"{here}.attention_norm.weight"]
         yield f"{there}.post_attention_layernorm.weight", ours[f"{here}.ffn_norm.weight"]
         for mine, other in (("query", "q"), ("key", "k"), ("value", "v"), ("output", "o")):

@@ -96,7 +96,7 @@ def autoep(case: Case, precision: Precision, world: World) -> Contender:
 
     They are put in by hand: AutoEP's own preset wants transformers 5, where the block has another name.
     """
-    peer, mixture = Peer(case), case.run.model.blocks[0].ffn
+    peer, mixture = Peer(case), case.run.model.layers[0].ffn
     size: Any = LayerSize(0, case.run.model.dim, case.config["intermediate_size"], mixture.experts, mixture.top_k)  # type: ignore[attr-defined]
     for layer in peer.model.model.layers:
         name = "block_sparse_moe" if hasattr(layer, "block_sparse_moe") else "mlp"  # transformers 4, 5
@@ -108,14 +108,14 @@ def plain(case: Case, precision: Precision, world: World) -> Contender:
     """GPT-2 by hand in a loop by hand; bfloat16 is autocast's."""
     model = PlainGPT2(case.run.model, case.run.seed).to(world.device)
     optimizer = _optimizer(case, model, lambda groups: groups)
-    clip_norm = case.run.optimizer.clip_norm
+    max_grad_norm = case.run.optimizer.max_grad_norm
     cast = torch.autocast(world.device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
     def step(tokens_BT: Tensor, targets_BT: Tensor) -> float:
         with cast:
             loss = model(tokens_BT.to(world.device), targets_BT.to(world.device))
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+        nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         return loss.item()

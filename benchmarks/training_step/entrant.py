@@ -45,8 +45,8 @@ class Batches:
 
     def __init__(self, case: Case):
         chance = torch.Generator().manual_seed(1)
-        shape = (case.run.micro_batch, case.run.seq_len + 1)
-        tokens_BT = torch.randint(case.run.model.vocab, shape, generator=chance)
+        shape = (case.run.micro_batch_size, case.run.seq_len + 1)
+        tokens_BT = torch.randint(case.run.model.vocab_size, shape, generator=chance)
         self.inputs_BT, self.targets_BT = tokens_BT[:, :-1].contiguous(), tokens_BT[:, 1:].contiguous()
 
     def step(self, contender: Contender) -> float:

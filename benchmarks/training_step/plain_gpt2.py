@@ -31,10 +31,10 @@ class PlainGPT2(nn.Module):
 
     def __init__(self, spec: Transformer, seed: int):
         super().__init__()
-        block = spec.blocks[0]
-        heads, width = block.attention.heads, block.ffn.width  # type: ignore[attr-defined]
-        self.tokens, self.positions = nn.Embedding(spec.vocab, spec.dim), nn.Embedding(spec.context, spec.dim)
-        self.blocks = nn.ModuleList(PlainBlock(spec.dim, heads, width) for _ in spec.blocks)
+        block = spec.layers[0]
+        heads, width = block.attention.heads, block.ffn.hidden_dim  # type: ignore[attr-defined]
+        self.tokens, self.positions = nn.Embedding(spec.vocab_size, spec.dim), nn.Embedding(spec.max_seq_len, spec.dim)
+        self.blocks = nn.ModuleList(PlainBlock(spec.dim, heads, width) for _ in spec.layers)
         self.norm = nn.LayerNorm(spec.dim)
         self._copy(dict(spec.build_initialized(seed).named_parameters()))
 
@@ -45,10 +45,10 @@ class PlainGPT2(nn.Module):
         for i, block in enumerate(self.blocks):
             names = {"output": "attention.output", "up": "ffn.network.up", "down": "ffn.network.down"}
             for kind in ("weight", "bias"):
-                qkv = [ours[f"blocks.{i}.attention.{name}.{kind}"] for name in ("query", "key", "value")]
+                qkv = [ours[f"layers.{i}.attention.{name}.{kind}"] for name in ("query", "key", "value")]
                 getattr(block.qkv, kind).copy_(torch.cat(qkv))
                 for mine, other in names.items():
-                    getattr(block.get_submodule(mine), kind).copy_(ours[f"blocks.{i}.{other}.{kind}"])
+                    getattr(block.get_submodule(mine), kind).copy_(ours[f"layers.{i}.{other}.{kind}"])
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """The mean cross-entropy."""

@@ -55,7 +55,7 @@ def _row(result: dict[str, Any], name: str) -> str:
 
 def _shape(result: dict[str, Any]) -> str:
     ceilings = ", ".join(f"{name} {rate:.3f}" for name, rate in result["ceiling_tflops"].items())
-    tokens = f"{result['micro_batch']} x {result['seq_len']}"
+    tokens = f"{result['micro_batch_size']} x {result['seq_len']}"
     size = f"{result['layers']} | {result['dim']} | {result['vocab']:,} | {tokens}"
     parameters = result["contenders"]["ours"]["parameters"]
     return f"| `{result['recipe']}` | {size} | {parameters:,} | {ceilings} | {result['said']} |"

@@ -15,7 +15,7 @@ import torch
 from benchmarks.training_step.cases import GRANITE, SIZES, make_case
 from benchmarks.training_step.contenders import Precision, makers
 from benchmarks.training_step.entrant import Entrant, Told
-from mosaic_dist.memory import keep_freed_memory, old_objects_left_alone
+from mosaic_dist.memory import gc_frozen, keep_freed_memory
 from mosaic_dist.parallel import World, join_world, leave_world
 from mosaic_dist.parallel.world import free_port
 
@@ -45,15 +45,15 @@ class RemoteEntrant:
         self.told: Told = self._answer()
 
     def step(self) -> float:
-        """See `Entrant`."""
+        """Take one training step in the process; returns its seconds."""
         return self._ask("step")
 
     def ceiling(self, precision: Precision) -> float:
-        """See `Entrant`."""
+        """Highest rate of the process's own matrix products at this precision."""
         return self._ask("ceiling", precision)
 
     def phases(self) -> dict[str, float]:
-        """See `Entrant`."""
+        """Seconds of a step by phase."""
         return self._ask("phases")
 
     def end(self) -> None:
@@ -111,7 +111,7 @@ def _serve(place: Place, line: Connection) -> None:
     world = _join(place.name)
     entrant = Entrant(case, place.name.removesuffix(KEPT), place.precision, world)
     line.send(entrant.told)
-    with old_objects_left_alone() if place.name == "ours" else contextlib.nullcontext():
+    with gc_frozen() if place.name == "ours" else contextlib.nullcontext():
         while (words := line.recv()) is not None:
             asked, *given = words
             line.send(getattr(entrant, asked)(*given))

@@ -11,9 +11,9 @@ from tqdm import tqdm
 
 from mosaic_dist.checkpoint.folder import final_path
 from mosaic_dist.checkpoint.manifest import rank_file_name
-from mosaic_dist.checkpoint.pieces import CheckpointError, Interval, check_tiling
 from mosaic_dist.checkpoint.rank_file import DTYPES, read_bytes
 from mosaic_dist.checkpoint.reader import Checkpoint
+from mosaic_dist.checkpoint.tensor_shards import CheckpointError, TensorSlice, check_tiling
 from mosaic_dist.errors import UserError
 
 
@@ -87,9 +87,9 @@ def check_structure(checkpoint: Checkpoint) -> None:
         for kind, stored in tensor["kinds"].items():
             width = DTYPES[stored["dtype"]].itemsize
             # an empty piece keeps a tensor without elements, which has no block, from being a hole
-            intervals.append(Interval(name, kind, 0, 0, stored["dtype"], 0))
+            intervals.append(TensorSlice(name, kind, 0, 0, stored["dtype"], 0))
             for start, stop, rank, offset_bytes, _ in stored["blocks"]:
-                intervals.append(Interval(name, kind, start, stop, stored["dtype"], rank))
+                intervals.append(TensorSlice(name, kind, start, stop, stored["dtype"], rank))
                 places[rank].append((offset_bytes, offset_bytes + (stop - start) * width))
     for rank, kept in enumerate(manifest["rank_state"]):
         for row in kept.values():

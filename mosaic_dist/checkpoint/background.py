@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from mosaic_dist.checkpoint.pieces import CheckpointError, Piece
 from mosaic_dist.checkpoint.store import State, save
+from mosaic_dist.checkpoint.tensor_shards import CheckpointError, TensorShard
 from mosaic_dist.parallel import gather_problems
 
 ALIGNMENT_BYTES = 64
@@ -27,7 +27,7 @@ class HostMemory:
     def __init__(self) -> None:
         self._room = torch.empty(0, dtype=torch.uint8)
 
-    def reserve(self, pieces: Sequence[Piece]) -> list[Piece]:
+    def reserve(self, pieces: Sequence[TensorShard]) -> list[TensorShard]:
         """The pieces with room for their data here, which is theirs until the next call."""
         starts, end = [], 0
         for piece in pieces:
@@ -43,7 +43,9 @@ class HostMemory:
         return rooms
 
 
-def copy_data(pieces: Sequence[Piece], rooms: Sequence[Piece], stream: torch.cuda.Stream | None = None) -> None:
+def copy_data(
+    pieces: Sequence[TensorShard], rooms: Sequence[TensorShard], stream: torch.cuda.Stream | None = None
+) -> None:
     """Fill the rooms with the data of the pieces; on a GPU, on a stream of its own."""
     with torch.cuda.stream(stream):  # None is no stream
         for piece, room in zip(pieces, rooms, strict=True):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mosaic_dist.checkpoint import Checkpoint, CheckpointError, Piece, save
+from mosaic_dist.checkpoint import Checkpoint, CheckpointError, TensorShard, save
 from mosaic_dist.checkpoint.store import State
 from mosaic_dist.parallel import Engine
 from mosaic_dist.parallel.state import (
@@ -45,11 +45,11 @@ def engine_state(engine: Engine, state: dict[str, Any]) -> State:
     for shard in shards(engine):
         if shard.is_writer:
             master = shard.flat[shard.offset : shard.offset + shard.length]
-            pieces.append(Piece(shard.name, MASTER, shard.start, master))
+            pieces.append(TensorShard(shard.name, MASTER, shard.start, master))
             for kind, values in optimizer_tensors(engine, shard).items():
-                pieces.append(Piece(shard.name, kind, shard.start, values))
+                pieces.append(TensorShard(shard.name, kind, shard.start, values))
     if engine.world.is_main:
-        pieces += [Piece(name, BUFFER, 0, buffer.flatten()) for name, buffer in buffers(engine).items()]
+        pieces += [TensorShard(name, BUFFER, 0, buffer.flatten()) for name, buffer in buffers(engine).items()]
     own = {"optimizer_step": optimizer_step_count(engine), "engine": counters(engine), "layout": layout(engine)}
     return State(pieces, global_shapes(engine), copy.deepcopy(state) | own, generator_states())
 

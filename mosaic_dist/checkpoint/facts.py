@@ -5,12 +5,20 @@ from pathlib import Path
 from typing import Any
 
 from mosaic_dist.checkpoint.folder import candidates
-from mosaic_dist.checkpoint.pieces import CheckpointError
 from mosaic_dist.checkpoint.rank_file import DTYPES
 from mosaic_dist.checkpoint.reader import Checkpoint
+from mosaic_dist.checkpoint.tensor_shards import CheckpointError
 
 LARGEST_TOLD = 5
-LAYOUT = ("ranks", "expert_parallel", "sequence_parallel", "zero_stage", "precision", "accumulation", "micro_batch")
+LAYOUT = (
+    "ranks",
+    "expert_parallel",
+    "sequence_parallel",
+    "zero_stage",
+    "precision",
+    "accumulation",
+    "micro_batch_size",
+)
 UNKNOWN = "unknown"
 """Of the layout, in a checkpoint that does not tell it: an older one, or one that no engine saved."""
 

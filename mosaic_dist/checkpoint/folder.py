@@ -9,8 +9,8 @@ from pathlib import Path
 
 from mosaic_dist.checkpoint.foreign import refuse_foreign
 from mosaic_dist.checkpoint.manifest import refuse_unknown_format
-from mosaic_dist.checkpoint.pieces import CheckpointError, UnknownFormatError
 from mosaic_dist.checkpoint.reader import Checkpoint
+from mosaic_dist.checkpoint.tensor_shards import CheckpointError, UnknownFormatError
 from mosaic_dist.files import remove_directory, sync_directory
 
 _STEP = re.compile(r"step_(\d{8,})")

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from mosaic_dist.checkpoint.pieces import CheckpointError
+from mosaic_dist.checkpoint.tensor_shards import CheckpointError
 
 _DEEPSPEED = re.compile(r".*_(model|optim)_states\.pt")
 _ZERO_RANK = re.compile(r"(?:\w+_)?zero_pp_rank_(\d+)_mp_rank_\d+_(model|optim)_states\.pt")
@@ -13,7 +13,7 @@ _UNIVERSAL = re.compile(r"zero/[^/]+/fp32\.pt")
 _PICKLES = "its files are pickles, which can run code as they are opened"
 _ADVICE = (
     "Write the weights as safetensors where they were trained{how}, put the model's config.json beside them, and use "
-    "`python -m mosaic_dist import --model FOLDER`, then --initial_model to train on"
+    "`python -m mosaic_dist import --model FOLDER`, then --init_from to train on"
 )
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import xxhash
 
-from mosaic_dist.checkpoint.pieces import CheckpointError, UnknownFormatError
+from mosaic_dist.checkpoint.tensor_shards import CheckpointError, UnknownFormatError
 
 FORMAT = 1
 MANIFEST_NAME = "manifest.json"

@@ -13,8 +13,8 @@ import xxhash
 from torch import Tensor
 
 from mosaic_dist.checkpoint.manifest import rank_file_name, read_manifest
-from mosaic_dist.checkpoint.pieces import CheckpointError
 from mosaic_dist.checkpoint.rank_file import DTYPES, byte_view, read_bytes
+from mosaic_dist.checkpoint.tensor_shards import CheckpointError
 from mosaic_dist.files import checksum
 from mosaic_dist.spec import nearest
 

@@ -31,8 +31,8 @@ from mosaic_dist.checkpoint.manifest import (
     refuse_unknown_format,
     render_manifest,
 )
-from mosaic_dist.checkpoint.pieces import CheckpointError, Interval, Piece, check_tiling, merge_shapes
 from mosaic_dist.checkpoint.rank_file import DTYPE_NAMES, write_tensors
+from mosaic_dist.checkpoint.tensor_shards import CheckpointError, TensorShard, TensorSlice, check_tiling, merge_shapes
 from mosaic_dist.files import publish_directory, remove_directory, write_atomic
 
 # The unit of checksums. Someone who wants a part of a block has to read all of it once, so it is small beside a
@@ -46,7 +46,7 @@ T = TypeVar("T")
 class State(NamedTuple):
     """What a rank hands over to `save`, which tells more."""
 
-    pieces: Sequence[Piece]
+    pieces: Sequence[TensorShard]
     shapes: Mapping[str, tuple[int, ...]]
     state: Mapping[str, Any]
     rank_state: Mapping[str, Tensor]
@@ -55,7 +55,7 @@ class State(NamedTuple):
 class _Plan(NamedTuple):
     """What a rank is going to write."""
 
-    intervals: list[Interval]
+    intervals: list[TensorSlice]
     shapes: dict[str, tuple[int, ...]]
 
 
@@ -70,7 +70,7 @@ class _Share(NamedTuple):
 def save(
     root: str | Path,
     step: int,
-    pieces: Sequence[Piece],
+    pieces: Sequence[TensorShard],
     shapes: Mapping[str, tuple[int, ...]],
     state: Mapping[str, Any],
     rank_state: Mapping[str, Tensor],
@@ -134,7 +134,7 @@ def _together(group: dist.ProcessGroup | None, final: Path, work: Callable[[], T
 
 
 def _plan(
-    pieces: Sequence[Piece],
+    pieces: Sequence[TensorShard],
     shapes: Mapping[str, tuple[int, ...]],
     state: Mapping[str, Any],
     rank_state: Mapping[str, Tensor],
@@ -155,7 +155,7 @@ def _plan(
         if "/" in piece.kind or piece.kind == RANK_STATE:
             raise CheckpointError(f"{piece.kind!r} cannot be a kind: no '/' in it, and not {RANK_STATE!r}")
     intervals = [
-        Interval(p.tensor, p.kind, p.start, p.start + len(p.data), DTYPE_NAMES[p.data.dtype], rank) for p in pieces
+        TensorSlice(p.tensor, p.kind, p.start, p.start + len(p.data), DTYPE_NAMES[p.data.dtype], rank) for p in pieces
     ]
     return _Plan(intervals, {name: tuple(shape) for name, shape in shapes.items()})
 
@@ -169,7 +169,7 @@ def _prepare(aside: Path, final: Path, plans: Sequence[_Plan]) -> None:
     aside.mkdir()
 
 
-def _write(aside: Path, pieces: Sequence[Piece], rank_state: Mapping[str, Tensor], rank: int) -> _Share:
+def _write(aside: Path, pieces: Sequence[TensorShard], rank_state: Mapping[str, Tensor], rank: int) -> _Share:
     """Write this rank's file and describe it."""
     blocks = {f"{block.kind}/{block.tensor}/{block.start}": block for block in _blocks(pieces)}
     data = {key: block.data for key, block in blocks.items()}
@@ -193,7 +193,7 @@ def _write(aside: Path, pieces: Sequence[Piece], rank_state: Mapping[str, Tensor
     return _Share({"name": name, "bytes": written.size_bytes, "xxh3_128": written.checksum}, rows, kept)
 
 
-def _blocks(pieces: Sequence[Piece]) -> Iterator[Piece]:
+def _blocks(pieces: Sequence[TensorShard]) -> Iterator[TensorShard]:
     """Cut pieces into blocks (views of them) of at most BLOCK_BYTES; empty pieces vanish."""
     for piece in pieces:
         length = max(1, BLOCK_BYTES // piece.data.element_size())

@@ -17,7 +17,7 @@ from mosaic_dist.evaluate.generate import Sampling
 from mosaic_dist.evaluate.generate import generate as generate_tokens
 from mosaic_dist.model import Transformer
 from mosaic_dist.run_spec import import_recipe, read_run
-from mosaic_dist.spec import Fraction, NonNegativeFloat, Positive, PositiveFloat, recipe_asked_for
+from mosaic_dist.spec import NonNegativeFloat, Positive, PositiveFloat, UnitInterval, recipe_asked_for
 
 
 def export(
@@ -112,7 +112,7 @@ def generate(
     max_new_tokens: Positive = 100,
     temperature: NonNegativeFloat = 0.8,
     top_k: Positive | None = 50,
-    top_p: Fraction | None = None,
+    top_p: UnitInterval | None = None,
     repetition_penalty: PositiveFloat = 1.0,
     seed: int = 0,
     recipe: str | None = None,

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from mosaic_dist.compare.comparison import draw_comparison, render
+from mosaic_dist.compare.history import RunHistory, read_histories
 from mosaic_dist.compare.measures import compare_variants, group
-from mosaic_dist.compare.story import Story, read_stories
 from mosaic_dist.errors import UserError
 from mosaic_dist.files import write_atomic
 
@@ -22,10 +22,10 @@ def compare(*folders: str, output: str | None = None, baseline: str | None = Non
     """
     if not folders:
         raise UserError("give run folders, or a folder of them, as `compare runs/attention`")
-    stories: list[Story] = []
+    stories: list[RunHistory] = []
     left_out: list[str] = []
     for folder in map(str, folders):
-        found, silent = read_stories(Path(folder))
+        found, silent = read_histories(Path(folder))
         stories += found
         left_out += silent
     if not stories:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy
 
 from mosaic_dist.compare.curves import axis_unit, cut_start, mark_counts, run_inks
-from mosaic_dist.compare.measures import POINTS, Comparison, Spread, Variant, spread
-from mosaic_dist.compare.story import duration
+from mosaic_dist.compare.history import duration
+from mosaic_dist.compare.measures import POINTS, RunComparison, Spread, Variant, spread
 from mosaic_dist.figure import publish, pyplot
 from mosaic_dist.train.plot import EMA_HALF_LIFE_SHARE, Ink
 
@@ -20,7 +20,7 @@ LEGEND_CHARACTERS, ENTRY_CHARACTERS = 170, 8
 MIB = 1 << 20
 
 
-def render(comparison: Comparison, left_out: Sequence[str] = ()) -> str:
+def render(comparison: RunComparison, left_out: Sequence[str] = ()) -> str:
     """The table, the lowest loss first, and what its figures are."""
     points = comparison.points
     final = "validation loss" if comparison.is_validated else "training loss"
@@ -34,12 +34,12 @@ def render(comparison: Comparison, left_out: Sequence[str] = ()) -> str:
     return "\n\n".join([table, *notes(comparison), *left_out]) + "\n"
 
 
-def by_loss(comparison: Comparison) -> list[Variant]:
+def by_loss(comparison: RunComparison) -> list[Variant]:
     """The variants, the lowest final loss first; those without one at the end."""
     return sorted(comparison.variants, key=lambda v: (numpy.isnan(mean := comparison.final(v).mean), mean))
 
 
-def _cells(comparison: Comparison, variant: Variant) -> list[str]:
+def _cells(comparison: RunComparison, variant: Variant) -> list[str]:
     stories, first = variant.stories, variant.stories[0]
     speeds = [statistics.median(told) for story in stories if (told := story.told("tokens_per_second"))]
     peaks = [max(told) for story in stories if (told := story.told("memory_bytes"))]
@@ -62,7 +62,7 @@ def _signed(difference: Spread | None) -> str:
     return "" if difference is None else ("+" if difference.mean >= 0 else "") + shown(difference)
 
 
-def notes(comparison: Comparison) -> list[str]:
+def notes(comparison: RunComparison) -> list[str]:
     """What a reader has to know of the table."""
     final = (
         "The validation loss is the last one of each run."
@@ -94,7 +94,7 @@ def shown(figure: Spread, digits: int = 4) -> str:
     return mean if figure.deviation is None else f"{mean} ± {figure.deviation:,.{digits}f}"
 
 
-def draw_comparison(comparison: Comparison, path: Path) -> None:
+def draw_comparison(comparison: RunComparison, path: Path) -> None:
     """Draw the averaged losses over tokens, FLOPs and time, and the final ones, as PNG; a colour for each variant."""
     figure = pyplot.figure(figsize=(13, 9), layout="constrained")
     grid = list(figure.subplots(2, 2).flat)
@@ -117,7 +117,7 @@ def draw_comparison(comparison: Comparison, path: Path) -> None:
     publish(figure, path)
 
 
-def _draw_band(axes: Any, comparison: Comparison, variant: Variant, axis: Any, unit: float, ink: Ink) -> None:
+def _draw_band(axes: Any, comparison: RunComparison, variant: Variant, axis: Any, unit: float, ink: Ink) -> None:
     """The mean curve of a variant's runs as far as all of them go, and the range of these."""
     curves = [comparison.curve(story, axis) for story in variant.stories]
     first, last = max(xs[0] for xs, _ in curves), min(xs[-1] for xs, _ in curves)
@@ -127,7 +127,7 @@ def _draw_band(axes: Any, comparison: Comparison, variant: Variant, axis: Any, u
     axes.fill_between(xs / unit, losses.min(0), losses.max(0), color=ink.raw, linewidth=0)
 
 
-def _draw_final(axes: Any, comparison: Comparison, ordered: Sequence[Variant], inks: dict[str, Ink]) -> None:
+def _draw_final(axes: Any, comparison: RunComparison, ordered: Sequence[Variant], inks: dict[str, Ink]) -> None:
     """The final losses, the lowest above: each seed, and the mean."""
     for place, variant in enumerate(ordered):
         finals = [comparison.final(Variant(variant.name, [story])).mean for story in variant.stories]

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mosaic_dist.compare.sheet import named_run, with_flags
+from mosaic_dist.compare.sweep_config import named_run, with_flags
 from mosaic_dist.errors import UserError
 from mosaic_dist.figure import publish, pyplot
 from mosaic_dist.files import check_output_file
 from mosaic_dist.model import MixtureOfExperts, MuP
-from mosaic_dist.plan.command import load_run
+from mosaic_dist.plan.command import load_recipe
 from mosaic_dist.run_spec import Run
 from mosaic_dist.spec import Positive, override
 
@@ -28,7 +28,7 @@ FLAT = 0.25
 KINDS = {"standard": "gpt2", "muP": "mup"}
 """Parametrizations by the name of their `init`."""
 
-EXAMPLE = "\"{type: mup, base: {dim: 64, 'blocks.ffn.width': 192}}\""
+EXAMPLE = "\"{type: mup, base: {dim: 64, 'layers.ffn.hidden_dim': 192}}\""
 
 Sizes = dict[str, list[float]]
 """Of each part the mean |x| at the start, and after each step the mean |change of x since|."""
@@ -65,10 +65,10 @@ def coordinate_check(
     """See whether steps change a model by as much at every width, with muP and without.
 
     `coordinate_check recipes/sweeps/small.py --widths 64,128,256 --model.init
-    "{type: mup, base: {dim: 64, 'blocks.ffn.width': 192}}"`: what the base names is widened with the model. Takes a few
-    steps on one micro-batch of random tokens at each width, in this process, and draws how large activations are at the
-    start, and how much each step has changed them, with the recipe's learning rate. Any further flag is one of the
-    recipe.
+    "{type: mup, base: {dim: 64, 'layers.ffn.hidden_dim': 192}}"`: what the base names is widened with the model.
+    Takes a few steps on one micro-batch of random tokens at each width, in this process, and draws how large
+    activations are at the start, and how much each step has changed them, with the recipe's learning rate. Any further
+    flag is one of the recipe.
 
     --widths N,N,...      values of model.dim
     --output FILE         the picture
@@ -79,7 +79,7 @@ def coordinate_check(
         raise UserError("give one recipe, as `coordinate_check recipes/sweeps/small.py --widths 64,128,256`")
     if len(set(widths)) < 2:
         raise UserError(f"--widths {','.join(map(str, widths))}: give two at least, they are what is compared")
-    run = with_flags(load_run(str(recipe[0])), flags)
+    run = with_flags(load_recipe(str(recipe[0])), flags)
     if not isinstance(run.model.init, MuP):
         raise UserError(f"the recipe does not say what widens with the model; give its base, as --model.init {EXAMPLE}")
     check_output_file(output)
@@ -114,7 +114,9 @@ def measure(run: Run, seed: int, steps: int) -> Sizes:
     model = run.model.build_initialized(seed, device).eval()  # without dropout, which would be part of the changes
     optimizer = run.optimizer.build(run.optimizer.groups(model, run.model.width_factors()))
     generator = torch.Generator().manual_seed(seed)
-    tokens_BT = torch.randint(run.model.vocab, (run.micro_batch, run.seq_len + 1), generator=generator).to(device)
+    tokens_BT = torch.randint(run.model.vocab_size, (run.micro_batch_size, run.seq_len + 1), generator=generator).to(
+        device
+    )
     start = activations(model, tokens_BT[:, :-1])
     sizes = {part: [mean_size(values)] for part, values in start.items()}
     for _ in range(steps):
@@ -128,8 +130,8 @@ def take_step(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, toke
     """One update at the run's learning rate."""
     parts = model(tokens_BT[:, :-1], tokens_BT[:, 1:])
     (parts.cross_entropy_sum / tokens_BT[:, 1:].numel() + parts.auxiliary).backward()
-    if run.optimizer.clip_norm:
-        nn.utils.clip_grad_norm_(model.parameters(), run.optimizer.clip_norm)
+    if run.optimizer.max_grad_norm:
+        nn.utils.clip_grad_norm_(model.parameters(), run.optimizer.max_grad_norm)
     for group in optimizer.param_groups:
         group["lr"] = run.optimizer.learning_rate * group["rate"]
     optimizer.step()
@@ -144,7 +146,7 @@ def activations(model: nn.Module, tokens_BT: Tensor) -> dict[str, list[Tensor]]:
     """What each kind of part gives, a tensor for each layer that has it."""
     found: dict[str, list[Tensor]] = {part: [] for part in PARTS}
     watched: list[tuple[str, Any]] = [("embedding", model.position)]
-    for block in model.get_submodule("blocks").children():
+    for block in model.get_submodule("layers").children():
         watched += [("attention", block.attention), ("ffn", block.ffn)]
 
     def note(part: str) -> Any:

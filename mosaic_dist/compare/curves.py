@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from matplotlib import colormaps, ticker
 
-from mosaic_dist.compare.story import Axis, Story, labels
+from mosaic_dist.compare.history import Axis, RunHistory, labels
 from mosaic_dist.figure import publish, pyplot
 from mosaic_dist.train.plot import RUN_INK, Ink, draw_curve, draw_loss, draw_points, measured
 
@@ -43,12 +43,12 @@ class Line(NamedTuple):
     """A run on its way into the panels."""
 
     label: str
-    story: Story
+    story: RunHistory
     xs: list[float]
     ink: Ink
 
 
-def draw_curves(stories: Sequence[Story], path: Path, axis: Axis = "step") -> None:
+def draw_curves(stories: Sequence[RunHistory], path: Path, axis: Axis = "step") -> None:
     """Draw what the runs tell as PNG: a panel for each figure that any of them has, a colour for each run."""
     unit, name = axis_unit(axis, max(story.along(axis)[-1] for story in stories))
     inks = [RUN_INK] if len(stories) == 1 else run_inks(len(stories))
@@ -116,7 +116,7 @@ def run_inks(count: int) -> list[Ink]:
     return [Ink((*colour, 0.25), colour, colour) for colour in colours]
 
 
-def keys_with(start: str, stories: Sequence[Story]) -> list[str]:
+def keys_with(start: str, stories: Sequence[RunHistory]) -> list[str]:
     """The figures of all runs whose names begin so."""
     keys = {key for story in stories for record in story.records for key in record if key.startswith(start)}
     return sorted(keys)

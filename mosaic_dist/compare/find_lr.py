@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mosaic_dist.compare.history import read_history
 from mosaic_dist.compare.processes import DEFAULT_LAUNCHER, run_all
-from mosaic_dist.compare.sheet import Sweep, named_run, plan_runs
-from mosaic_dist.compare.story import read_story
+from mosaic_dist.compare.sweep_config import SweepConfig, named_run, plan_runs
 from mosaic_dist.errors import UserError
 from mosaic_dist.figure import publish, pyplot
 from mosaic_dist.files import check_output_directory
@@ -28,7 +28,7 @@ PLAIN = {
     "exact_match_samples": 0,
     "early_stopping_patience": 0,
     "checkpoint.keep_best": 0,
-    "nonfinite": "stop",
+    "on_nonfinite_loss": "stop",
     "spikes.action": "none",
 }
 """What a recipe may do beside, and this run does not."""
@@ -81,13 +81,13 @@ def find_lr(
         "schedule": {"type": "exponential", "first_fraction": low / high},
         "checkpoint.every_steps": steps,
     }
-    (planned,) = plan_runs(Sweep(recipe=str(recipe[0])), {**PLAIN, **given, **flags}, Path(output))
+    (planned,) = plan_runs(SweepConfig(recipe=str(recipe[0])), {**PLAIN, **given, **flags}, Path(output))
     with named_run(planned.name):
         check_data(planned.run)
     (outcome,) = run_all([planned], launcher)
     if outcome.state == "stopped":
         raise UserError(f"{outcome.name}: {outcome.reason}")
-    story = read_story(planned.folder)
+    story = read_history(planned.folder)
     rates, losses = story.column("learning_rate"), story.column("loss")
     found = judge(rates, losses)
     draw(rates, losses, found, planned.folder / PICTURE)

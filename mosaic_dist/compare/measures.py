@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy
 
-from mosaic_dist.compare.story import Axis, Story
+from mosaic_dist.compare.history import Axis, RunHistory
 from mosaic_dist.errors import UserError
 from mosaic_dist.run_spec import differences
 from mosaic_dist.spec import nearest
@@ -33,10 +33,10 @@ class Variant:
     """The runs that are one experiment but for their seed."""
 
     name: str
-    stories: list[Story]
+    stories: list[RunHistory]
 
 
-def group(stories: Iterable[Story]) -> list[Variant]:
+def group(stories: Iterable[RunHistory]) -> list[Variant]:
     """The variants among runs, in their order: those of one name without `_seedN` that differ in nothing but the seed.
 
     Where two experiments have the same name, each is called by the folder of its first run.
@@ -56,12 +56,12 @@ def group(stories: Iterable[Story]) -> list[Variant]:
     ]
 
 
-def seedless(story: Story) -> str:
+def seedless(story: RunHistory) -> str:
     """The run's name without the seed that a sweep writes behind it."""
     return story.run.name.removesuffix(f"_seed{story.run.seed}")
 
 
-def _differ(one: Story, other: Story) -> bool:
+def _differ(one: RunHistory, other: RunHistory) -> bool:
     mine = replace(one.run, name=other.run.name, seed=other.run.seed)
     return next(differences(mine, other.run), None) is not None
 
@@ -77,7 +77,7 @@ def reached(variants: Sequence[Variant], axis: Axis) -> float:
     return min(story.along(axis)[-1] for variant in variants for story in variant.stories)
 
 
-def smoothed(story: Story, half_life_tokens: float) -> list[float]:
+def smoothed(story: RunHistory, half_life_tokens: float) -> list[float]:
     """The moving average of a run's training loss, whose half-life is so many tokens, and two records at least."""
     tokens = story.column("tokens")
     spans = [b - a for a, b in itertools.pairwise([0.0, *tokens])]  # they grow while a batch ramp lasts
@@ -85,7 +85,7 @@ def smoothed(story: Story, half_life_tokens: float) -> list[float]:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class RunComparison:
     """Variants beside each other. Training losses are moving averages with one half-life for all runs."""
 
     variants: list[Variant]
@@ -97,7 +97,7 @@ class Comparison:
     baseline: Variant
     """What the others are set against, seed by seed."""
 
-    def curve(self, story: Story, axis: Axis) -> tuple[list[float], list[float]]:
+    def curve(self, story: RunHistory, axis: Axis) -> tuple[list[float], list[float]]:
         """The averaged loss of a run along an axis."""
         return story.along(axis), smoothed(story, self.half_life_tokens)
 
@@ -105,7 +105,7 @@ class Comparison:
         """The averaged losses of a variant's runs at the point of an axis, between records on a straight line."""
         return spread([self._loss_of(story, axis) for story in variant.stories])
 
-    def _loss_of(self, story: Story, axis: Axis) -> float:
+    def _loss_of(self, story: RunHistory, axis: Axis) -> float:
         return float(numpy.interp(self.points[axis], *self.curve(story, axis)))
 
     def against_baseline(self, variant: Variant) -> Spread | None:
@@ -125,7 +125,7 @@ class Comparison:
         return spread([smoothed(story, self.half_life_tokens)[-1] for story in variant.stories])
 
 
-def compare_variants(variants: list[Variant], baseline: str | None = None) -> Comparison:
+def compare_variants(variants: list[Variant], baseline: str | None = None) -> RunComparison:
     """Find where losses can be compared. The half-life is EMA_HALF_LIFE_SHARE of the tokens that all have seen.
 
     The baseline is the first variant where none is named. UserError where the name is none of theirs.
@@ -136,4 +136,4 @@ def compare_variants(variants: list[Variant], baseline: str | None = None) -> Co
     points = {axis: reached(variants, axis) for axis in POINTS}
     validated = all(story.told("validation_loss") for variant in variants for story in variant.stories)
     against = variants[0 if baseline is None else names.index(baseline)]
-    return Comparison(variants, points, EMA_HALF_LIFE_SHARE * points["tokens"], validated, against)
+    return RunComparison(variants, points, EMA_HALF_LIFE_SHARE * points["tokens"], validated, against)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from mosaic_dist.compare.curves import draw_curves
-from mosaic_dist.compare.story import Axis, read_stories
+from mosaic_dist.compare.history import Axis, read_histories
 from mosaic_dist.errors import UserError
 
 PICTURE = "curves.png"
@@ -20,7 +20,7 @@ def plot(*folders: str, output: str | None = None, x: Axis = "step") -> None:
     """
     if not folders:
         raise UserError("give a run folder, or several, as `plot runs/t4_moe`")
-    stories = [story for folder in folders for story in read_stories(Path(str(folder)))[0]]
+    stories = [story for folder in folders for story in read_histories(Path(str(folder)))[0]]
     if not stories:
         raise UserError(f"no run in {', '.join(map(str, folders))} has taken a step yet")
     path = Path(output) if output else (stories[0].path if len(stories) == 1 else Path()) / PICTURE

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 from tqdm import tqdm
 
 from mosaic_dist.checkpoint import CheckpointError, newest
-from mosaic_dist.compare.sheet import Planned
+from mosaic_dist.compare.sweep_config import PlannedRun
 from mosaic_dist.errors import UserError
 from mosaic_dist.parallel.world import free_port
 from mosaic_dist.train.folder import RunFolder
@@ -33,7 +33,7 @@ LEAVE_SECONDS = 120.0
 """Time that the processes of a run have to end after their launcher has."""
 
 
-class Outcome(NamedTuple):
+class RunOutcome(NamedTuple):
     """What became of a run, and why where it is not finished."""
 
     name: str
@@ -85,7 +85,7 @@ class Queue:
 class Progress:
     """How far all runs of a sweep are, as a bar; as lines where stderr is no terminal."""
 
-    def __init__(self, planned: Sequence[Planned]):
+    def __init__(self, planned: Sequence[PlannedRun]):
         self.steps = {one.name: one.run.steps if is_finished(one) else last_step(one) for one in planned}
         total, there = sum(one.run.steps for one in planned), sum(self.steps.values())
         self.bar = tqdm(total=total, initial=there, unit="step", disable=not sys.stderr.isatty())
@@ -96,14 +96,14 @@ class Progress:
         if self.bar.disable:
             print(f"{title}: {text}", file=sys.stderr, flush=True)
 
-    def move(self, one: Planned, step: int) -> None:
+    def move(self, one: PlannedRun, step: int) -> None:
         """A run is at this step. One that continues may stand before where it was: at its checkpoint."""
         self.steps[one.name] = step
         self.bar.n = sum(self.steps.values())
         self.bar.refresh()
 
 
-def run_all(planned: Sequence[Planned], launcher: str) -> list[Outcome]:
+def run_all(planned: Sequence[PlannedRun], launcher: str) -> list[RunOutcome]:
     """Train what is not finished, in order. UserError where there is no such launcher."""
     program = shlex.split(launcher)[:1]
     if not program or shutil.which(program[0], path=PROGRAMS) is None:
@@ -115,12 +115,12 @@ def run_all(planned: Sequence[Planned], launcher: str) -> list[Outcome]:
     return outcomes
 
 
-def _advance(one: Planned, launcher: str, queue: Queue, progress: Progress, title: str) -> Outcome:
+def _advance(one: PlannedRun, launcher: str, queue: Queue, progress: Progress, title: str) -> RunOutcome:
     """Finish a run, as far as that can be."""
     if is_finished(one):
-        return Outcome(one.name, "finished")
+        return RunOutcome(one.name, "finished")
     if queue.is_stopping:
-        return Outcome(one.name, "stopped", "not started")
+        return RunOutcome(one.name, "stopped", "not started")
     one.folder.parent.mkdir(parents=True, exist_ok=True)
     log = one.folder.with_name(f"{one.name}.log")
     progress.say(title, f"starts; {one.run.steps} steps")
@@ -136,19 +136,19 @@ def _advance(one: Planned, launcher: str, queue: Queue, progress: Progress, titl
     return outcome
 
 
-def _judge(one: Planned, code: int, is_stopping: bool, log: Path) -> Outcome:
+def _judge(one: PlannedRun, code: int, is_stopping: bool, log: Path) -> RunOutcome:
     """What the exit code, the checkpoints and the log say."""
     if code == 0 and is_finished(one):
-        return Outcome(one.name, "finished")
+        return RunOutcome(one.name, "finished")
     step = last_step(one)
     if code == INTERRUPTED_EXIT_CODE or is_stopping or code == 0:
-        return Outcome(one.name, "stopped", f"at step {step} of {one.run.steps}; the same command goes on")
+        return RunOutcome(one.name, "stopped", f"at step {step} of {one.run.steps}; the same command goes on")
     lines = log.read_text(errors="replace").splitlines()
     told = next((line for line in reversed(lines) if "error" in line.lower()), lines[-1] if lines else "no output")
-    return Outcome(one.name, "failed", f"exit code {code} at step {step}: {told.strip()} (see {log})")
+    return RunOutcome(one.name, "failed", f"exit code {code} at step {step}: {told.strip()} (see {log})")
 
 
-def is_finished(one: Planned) -> bool:
+def is_finished(one: PlannedRun) -> bool:
     """Whether the newest checkpoint is that of the last step, or of a run that its validation loss stopped early."""
     try:
         checkpoint = newest(RunFolder(one.folder).checkpoints)
@@ -159,7 +159,7 @@ def is_finished(one: Planned) -> bool:
     )
 
 
-def last_step(one: Planned) -> int:
+def last_step(one: PlannedRun) -> int:
     """Of the last whole record of the run's metrics; 0 where there is none."""
     path = RunFolder(one.folder).metrics
     if not path.exists():

@@ -10,8 +10,8 @@ from typing import Any
 
 from mosaic_dist.compare import page
 from mosaic_dist.compare.curves import draw_curves
+from mosaic_dist.compare.history import RunHistory, duration, read_history
 from mosaic_dist.compare.samples import Samples, write_samples
-from mosaic_dist.compare.story import Story, duration, read_story
 from mosaic_dist.credentials import mask
 from mosaic_dist.errors import UserError
 from mosaic_dist.files import check_output_file, write_atomic
@@ -40,7 +40,7 @@ def report(
     """
     if len(run) != 1:
         raise UserError("give one run folder, as `report runs/t4_moe`")
-    story = read_story(str(run[0]))
+    story = read_history(str(run[0]))
     path = Path(output) if output else story.path / "report.html"
     if path.is_dir():
         raise UserError(f"--output {path} is a folder; name a file, as {path / 'report.html'}")
@@ -51,7 +51,7 @@ def report(
     print(f"{path}: {story.run.name} to step {story.records[-1]['step']}")
 
 
-def render(story: Story, samples: Samples | None) -> str:
+def render(story: RunHistory, samples: Samples | None) -> str:
     """The page, with what is there."""
     sections = {"Summary": page.table(summarize(story)), **_pictures(story)}
     if samples is not None:
@@ -65,7 +65,7 @@ def render(story: Story, samples: Samples | None) -> str:
     return page.page(story.run.name, str(story.path.absolute()), sections)
 
 
-def summarize(story: Story) -> dict[str, str]:
+def summarize(story: RunHistory) -> dict[str, str]:
     """The figures of a run, in words."""
     run, last = story.run, story.records[-1]
     speeds, seconds = story.told("tokens_per_second"), story.along("time")[-1]
@@ -88,7 +88,7 @@ def summarize(story: Story) -> dict[str, str]:
     return {name: text for name, text in rows.items() if text}
 
 
-def _validation(story: Story) -> dict[str, str]:
+def _validation(story: RunHistory) -> dict[str, str]:
     """The losses and answers on held-out data: the last one, and the best with its step."""
     rows = {}
     losses = [(record["validation_loss"], record["step"]) for record in story.records if "validation_loss" in record]
@@ -100,14 +100,14 @@ def _validation(story: Story) -> dict[str, str]:
     return rows
 
 
-def _saves(story: Story) -> str:
+def _saves(story: RunHistory) -> str:
     seconds, stalls = story.told("save_seconds"), story.told("save_stall_seconds")
     if not seconds:
         return ""
     return f"{len(seconds)}, {statistics.mean(seconds):.2f} s each; training waited {sum(stalls):.2f} s for all of them"
 
 
-def _pictures(story: Story) -> dict[str, str]:
+def _pictures(story: RunHistory) -> dict[str, str]:
     """The curves, and what the experts do where there are any."""
     with tempfile.TemporaryDirectory() as name:
         curves, experts = Path(name) / "curves.png", Path(name) / "experts.png"

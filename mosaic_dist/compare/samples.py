@@ -4,11 +4,11 @@ from typing import NamedTuple
 
 import torch
 
-from mosaic_dist.compare.story import Story
+from mosaic_dist.compare.history import RunHistory
 from mosaic_dist.data.tokenizer import FILE_NAME, Tokenizer
 from mosaic_dist.errors import UserError
 from mosaic_dist.evaluate.generate import Sampling, generate
-from mosaic_dist.evaluate.subject import Subject
+from mosaic_dist.evaluate.model_source import ModelSource
 from mosaic_dist.model import TransformerModel
 
 SAMPLE_TOKENS = 100
@@ -24,7 +24,7 @@ class Samples(NamedTuple):
     texts: list[str]
 
 
-def write_samples(story: Story, count: int, prompt: str, model: str | None) -> Samples:
+def write_samples(story: RunHistory, count: int, prompt: str, model: str | None) -> Samples:
     """Continue a prompt, or begin documents where it is empty, with an exported model or the newest checkpoint.
 
     UserError for a model that was asked for and cannot be read; what else is missing is told in the place of the texts.
@@ -36,7 +36,7 @@ def write_samples(story: Story, count: int, prompt: str, model: str | None) -> S
     if needed > LARGEST_BYTES:
         return Samples(f"No samples: the weights would take {needed / 1e9:,.0f} GB.", [])
     try:
-        opened = Subject(model=model or "", run="" if model else str(story.path)).open()
+        opened = ModelSource(model=model or "", run="" if model else str(story.path)).open()
         source = model or f"The checkpoint of step {opened.facts['step']:,}"
         network = opened.network(torch.device("cpu"))
     except UserError as error:

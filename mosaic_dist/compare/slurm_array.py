@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from mosaic_dist.compare.sheet import Planned
+from mosaic_dist.compare.sweep_config import PlannedRun
 from mosaic_dist.errors import UserError
 from mosaic_dist.files import write_atomic
 
@@ -32,7 +32,7 @@ exec bash "${{SLURM_SUBMIT_DIR:?start this with sbatch}}/slurm/launch.sh" "${{wo
 """
 
 
-def write_array(planned: Sequence[Planned], sheet: Path, folder: Path) -> str:
+def write_array(planned: Sequence[PlannedRun], sheet: Path, folder: Path) -> str:
     """Write `folder`/sweep.sh, and say how to start it. UserError where the scripts of slurm/ are not here."""
     if not LAUNCH.exists():
         raise UserError(f"{LAUNCH} is not here; start this in the repository")
@@ -49,7 +49,7 @@ def write_array(planned: Sequence[Planned], sheet: Path, folder: Path) -> str:
     return f"{len(planned)} runs: sbatch {path}"
 
 
-def _assignments(one: Planned) -> str:
+def _assignments(one: PlannedRun) -> str:
     """What `launch.sh` takes of a run, as words of bash."""
     script, *before = one.script
     values = {"OUTPUT": str(one.folder), "RECIPE": script}

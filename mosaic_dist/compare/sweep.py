@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mosaic_dist.compare.processes import DEFAULT_LAUNCHER, Outcome, is_finished, run_all
-from mosaic_dist.compare.sheet import Planned, Sweep, named_run, plan_runs
+from mosaic_dist.compare.history import read_spec
+from mosaic_dist.compare.processes import DEFAULT_LAUNCHER, RunOutcome, is_finished, run_all
 from mosaic_dist.compare.slurm_array import write_array
-from mosaic_dist.compare.story import read_spec
+from mosaic_dist.compare.sweep_config import PlannedRun, SweepConfig, named_run, plan_runs
 from mosaic_dist.errors import UserError
 from mosaic_dist.files import check_output_directory
 from mosaic_dist.model import count_parameters
@@ -45,7 +45,7 @@ def sweep(
     sheet = Path(str(file[0]))
     folder = Path(output or f"runs/{sheet.stem}")
     check_output_directory(folder)
-    planned = plan_runs(read_spec(Sweep, sheet), flags, folder)
+    planned = plan_runs(read_spec(SweepConfig, sheet), flags, folder)
     sizes = [_size(one) for one in planned]
     if dry_run:
         for one, size in zip(planned, sizes, strict=True):
@@ -60,7 +60,7 @@ def sweep(
     tell(outcomes, folder)
 
 
-def tell(outcomes: Sequence[Outcome], folder: Path) -> None:
+def tell(outcomes: Sequence[RunOutcome], folder: Path) -> None:
     """Say how the sweep went; the process ends here unless all runs are finished."""
     failed = [outcome for outcome in outcomes if outcome.state == "failed"]
     left = [outcome for outcome in outcomes if outcome.state == "stopped"]
@@ -74,7 +74,7 @@ def tell(outcomes: Sequence[Outcome], folder: Path) -> None:
         sys.exit(INTERRUPTED_EXIT_CODE)
 
 
-def _size(one: Planned) -> str:
+def _size(one: PlannedRun) -> str:
     """Parameters and tokens of a run. UserError where its model or its DeepSpeed config cannot be."""
     with named_run(one.name):
         with at("model"):
@@ -84,7 +84,7 @@ def _size(one: Planned) -> str:
     return f"{counts.total:,} parameters, {counts.active:,} active, {one.run.steps:,} steps, {tokens:,} tokens"
 
 
-def _check_data(planned: Sequence[Planned]) -> None:
+def _check_data(planned: Sequence[PlannedRun]) -> None:
     """Refuse data that is not there, or does not fit a model. UserError that names the run."""
     for one in planned:
         with named_run(one.name):

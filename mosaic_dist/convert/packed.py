@@ -19,9 +19,9 @@ from mosaic_dist.model.ternary import (
     WEIGHTS_PER_BYTE,
     TernaryGroupedLinear,
     TernaryLinear,
-    effective_weight,
     pack_ternary,
     ternary,
+    transform_weight,
     unpack_ternary,
 )
 
@@ -31,7 +31,7 @@ PACKED, SCALE = "packed", "scale"
 class FrozenTernaryLinear(TernaryLinear):
     """`TernaryLinear` whose weight has been rounded: -scale, 0 and scale."""
 
-    def effective_weight(self) -> Tensor:
+    def transform_weight(self) -> Tensor:
         """As it is."""
         return self.weight
 
@@ -39,7 +39,7 @@ class FrozenTernaryLinear(TernaryLinear):
 class FrozenTernaryGroupedLinear(TernaryGroupedLinear):
     """`TernaryGroupedLinear` whose weights have been rounded."""
 
-    def effective_weight(self) -> Tensor:
+    def transform_weight(self) -> Tensor:
         """As they are."""
         return self.weight
 
@@ -121,6 +121,6 @@ def _unpacked(name: str, packed: Tensor, scale: Tensor, shape: tuple[int, ...], 
     if scale.shape != shape[:-2] or not bool((scale.isfinite() & (scale > 0)).all()):
         raise UserError(f"{name}.{SCALE} {list(scale.shape)} should be {list(shape[:-2])} of positive numbers")
     try:
-        return effective_weight(unpack_ternary(packed, shape), scale, dtype)
+        return transform_weight(unpack_ternary(packed, shape), scale, dtype)
     except ValueError as error:
         raise UserError(f"{name}.{PACKED}: {error}") from None

@@ -20,7 +20,7 @@ ROUND_LIMIT = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Part:
+class MixtureSource:
     """One stream of a mixture: a split of a dataset, and its weight beside the others."""
 
     name: str
@@ -33,7 +33,7 @@ class Part:
 class Mixture:
     """Datasets that are trained on together. Made by `mix`, which checks that they fit each other."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[MixtureSource, ...]
 
     @property
     def path(self) -> str:
@@ -75,7 +75,7 @@ Corpus = DatasetInfo | Mixture
 """What a run is trained on."""
 
 
-def mix(parts: Sequence[Part]) -> Mixture:
+def mix(parts: Sequence[MixtureSource]) -> Mixture:
     """The parts as one. UserError that names two of them for a property in which they differ."""
     first = parts[0].info
     for other in (part.info for part in parts[1:]):
@@ -89,11 +89,11 @@ def mix(parts: Sequence[Part]) -> Mixture:
     return Mixture(tuple(parts))
 
 
-def parts_of(corpus: Corpus, split: str) -> tuple[Part, ...]:
+def parts_of(corpus: Corpus, split: str) -> tuple[MixtureSource, ...]:
     """The streams of a corpus; a dataset by itself is one without a name, of which `split` is read."""
     if isinstance(corpus, Mixture):
         return corpus.parts
-    return (Part(name="", info=corpus, split=split, proportion=1.0),)
+    return (MixtureSource(name="", info=corpus, split=split, proportion=1.0),)
 
 
 def shares(proportions: Sequence[float]) -> list[int]:
@@ -118,7 +118,7 @@ def shares(proportions: Sequence[float]) -> list[int]:
     return rounded
 
 
-def turns(counts: Sequence[int]) -> np.ndarray:
+def interleave(counts: Sequence[int]) -> np.ndarray:
     """Whose turn it is at each position of a round: int64 [sum of counts], stream i as often as counts[i].
 
     In every prefix of p positions each stream had less than one turn more or less than p * its share. For that its turn
@@ -150,7 +150,7 @@ class MixedOrder:
     def __init__(self, orders: Sequence[Order], proportions: Sequence[float]):
         self.orders = orders
         self.counts = np.array(shares(proportions), np.int64)
-        self.turns = turns(self.counts.tolist())
+        self.turns = interleave(self.counts.tolist())
         self.starts = np.cumsum([0, *(order.samples for order in orders)])[:-1]
 
     def describe(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from mosaic_dist.data.dataset import DatasetInfo
-from mosaic_dist.data.mixture import Corpus, Part, mix
+from mosaic_dist.data.mixture import Corpus, MixtureSource, mix
 from mosaic_dist.data.remote import is_url, open_remote
 from mosaic_dist.errors import UserError
 from mosaic_dist.spec import NonNegative, Positive, Range, Spec, SpecError
@@ -40,7 +40,7 @@ class Data(Spec):
     workers: NonNegative = 2
     verify: Literal["hashes", "sizes"] = "hashes"
 
-    def check(self) -> None:
+    def validate(self) -> None:
         """`streams` say all that `path` and `split` do, and name no data twice."""
         if not self.streams:
             return
@@ -66,7 +66,9 @@ class Data(Spec):
             names = stream_names(self.streams)
             corpus = mix(
                 [
-                    Part(name=name, info=self._open(stream.path), split=stream.split, proportion=stream.proportion)
+                    MixtureSource(
+                        name=name, info=self._open(stream.path), split=stream.split, proportion=stream.proportion
+                    )
                     for name, stream in zip(names, self.streams, strict=True)
                 ]
             )

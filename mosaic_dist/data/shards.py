@@ -204,7 +204,7 @@ class Joined:
         return int(self.ends[-1])
 
     def read(self, samples: np.ndarray) -> np.ndarray:
-        """See `Samples`."""
+        """Read the given samples, [B, seq_len]."""
         tokens_BT = np.empty((len(samples), self.seq_len + 1), self.dtype)
         owners = np.searchsorted(self.ends, samples, side="right")
         for number in np.unique(owners):

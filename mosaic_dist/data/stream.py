@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from mosaic_dist.data.ahead import one_ahead, read_rows
 from mosaic_dist.data.batch import FILLER, Batch, DeviceCopy, make_batch
 from mosaic_dist.data.dataset import DatasetInfo
 from mosaic_dist.data.encode import VALIDATION
 from mosaic_dist.data.mixture import Corpus, MixedOrder, parts_of
 from mosaic_dist.data.order import Order
+from mosaic_dist.data.prefetch import prefetch, read_rows
 from mosaic_dist.data.settings import Data
 from mosaic_dist.data.shards import Joined, Samples, Shards
 from mosaic_dist.errors import UserError
@@ -128,7 +128,7 @@ def _batches(
             for samples, tokens_BT in source:
                 yield copy.send(make_batch(samples, tokens_BT, shards.answer_loss, document_end))
 
-    with contextlib.closing(one_ahead(make())) as batches:
+    with contextlib.closing(prefetch(make())) as batches:
         for batch in batches:
             yield copy.receive(batch)
 

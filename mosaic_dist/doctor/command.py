@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from mosaic_dist.doctor.check_result import render
 from mosaic_dist.doctor.examine import FAILED_EXIT_CODE, examine
-from mosaic_dist.doctor.row import render
 from mosaic_dist.errors import UserError
 from mosaic_dist.parallel import World, join_world, leave_world
 from mosaic_dist.spec import PositiveFloat

@@ -2,19 +2,19 @@
 
 from pathlib import Path
 
+from mosaic_dist.doctor.check_result import CheckResult
 from mosaic_dist.doctor.exchange import check_exchange
 from mosaic_dist.doctor.machine import check_clock, check_devices, check_memory, check_shared_memory, check_versions
-from mosaic_dist.doctor.party import Party
-from mosaic_dist.doctor.row import Row
+from mosaic_dist.doctor.rank_group import RankGroup
 from mosaic_dist.doctor.storage import check_storage
 from mosaic_dist.parallel import World
 
 FAILED_EXIT_CODE = 1
 
 
-def examine(world: World, folder: Path, exchange_factor: float) -> list[Row]:
+def examine(world: World, folder: Path, exchange_factor: float) -> list[CheckResult]:
     """What the checks found of all ranks together; the same on every rank. Every rank must call."""
-    party = Party(world)
+    party = RankGroup(world)
     return [
         check_devices(party),
         check_memory(party),

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from mosaic_dist.doctor.party import Party
-from mosaic_dist.doctor.row import Row
+from mosaic_dist.doctor.check_result import CheckResult
+from mosaic_dist.doctor.rank_group import RankGroup
 from mosaic_dist.parallel import World
 
 GPU_BYTES, CPU_BYTES = 64 << 20, 4 << 20
 REPEATS = 3
 
 
-def check_exchange(party: Party, factor: float, between_nodes: bool) -> Row:
+def check_exchange(party: RankGroup, factor: float, between_nodes: bool) -> CheckResult:
     """Whether every rank exchanges with others of its node, or of other nodes, at `factor` of the median at least.
 
     Ranks are paired by each power of two, and of a rank its best pair counts: one that is slow with all partners is
@@ -26,15 +26,15 @@ def check_exchange(party: Party, factor: float, between_nodes: bool) -> Row:
     told = party.gather(best_rate(party.world, between_nodes))
     rates = {rank: rate for rank, rate in enumerate(told) if rate is not None}
     if not rates:
-        return Row(check, "ok", "nothing to measure", limit)
+        return CheckResult(check, "ok", "nothing to measure", limit)
     middle = statistics.median(rates.values())
     if slow := slow_ranks(told, factor):
         value = f"{rates[slow[0]]:.2f} GB/s: {party.names(slow)}; median {middle:.2f} GB/s"
         fix = (
             "take these nodes out (sbatch --exclude); look at their links (ibstat, nvidia-smi topo -m, NCCL_DEBUG=INFO)"
         )
-        return Row(check, "fail", value, limit, fix)
-    return Row(check, "ok", f"slowest {min(rates.values()):.2f} GB/s, median {middle:.2f} GB/s", limit)
+        return CheckResult(check, "fail", value, limit, fix)
+    return CheckResult(check, "ok", f"slowest {min(rates.values()):.2f} GB/s, median {middle:.2f} GB/s", limit)
 
 
 def slow_ranks(rates: Sequence[float | None], factor: float) -> list[int]:

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from mosaic_dist.doctor.party import Party, unlike
-from mosaic_dist.doctor.row import Row, judge
+from mosaic_dist.doctor.check_result import CheckResult, judge
+from mosaic_dist.doctor.rank_group import RankGroup, unlike
 from mosaic_dist.train.folder import environment
 
 GIB = 1 << 30
@@ -24,7 +24,7 @@ CLOCK_WARN_SECONDS, CLOCK_FAIL_SECONDS = 1.0, 30.0
 CLOCK_ROUNDS = 5
 
 
-def check_devices(party: Party) -> Row:
+def check_devices(party: RankGroup) -> CheckResult:
     """Whether all ranks have the same device, and it calculates. Every rank must call."""
     device = party.world.device
     ones = torch.ones(PRODUCT_SIZE, PRODUCT_SIZE, device=device)
@@ -35,14 +35,14 @@ def check_devices(party: Party) -> Row:
     usual, others = unlike(devices)
     if wrong := [rank for rank, right in enumerate(party.gather(is_right)) if not right]:
         fix = "take these nodes out (sbatch --exclude) and have them tested"
-        return Row("devices", "fail", f"wrong products: {party.names(wrong)}", limit, fix)
+        return CheckResult("devices", "fail", f"wrong products: {party.names(wrong)}", limit, fix)
     if others:
         value = f"{devices[others[0]]}: {party.names(others)}; else {usual}"
-        return Row("devices", "fail", value, limit, "ask for nodes of one kind (sbatch --constraint)")
+        return CheckResult("devices", "fail", value, limit, "ask for nodes of one kind (sbatch --constraint)")
     if blind := [rank for rank, is_blind in enumerate(party.gather(unseen)) if is_blind]:
         fix = "compare nvidia-smi with torch.version.cuda: the driver is too old, or torch is a CPU build"
-        return Row("devices", "fail", f"torch does not see the GPU: {party.names(blind)}", limit, fix)
-    return Row("devices", "ok", usual, limit)
+        return CheckResult("devices", "fail", f"torch does not see the GPU: {party.names(blind)}", limit, fix)
+    return CheckResult("devices", "ok", usual, limit)
 
 
 def device_name(device: torch.device) -> str:
@@ -52,7 +52,7 @@ def device_name(device: torch.device) -> str:
     return f"CPU, {platform.machine()}, {os.cpu_count()} cores"
 
 
-def check_memory(party: Party) -> Row:
+def check_memory(party: RankGroup) -> CheckResult:
     """Whether the device's memory, or without a GPU the host's, is free for the run. Every rank must call."""
     if party.world.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(party.world.device)
@@ -63,18 +63,18 @@ def check_memory(party: Party) -> Row:
     return _least(party, "memory", free, needed, False, fix)
 
 
-def check_shared_memory(party: Party) -> Row:
+def check_shared_memory(party: RankGroup) -> CheckResult:
     """Whether /dev/shm has room for readers of data and NCCL. Every rank must call."""
     free = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else SHARED_BYTES
     fix = "give the container more (--shm-size, --ipc=host)"
     return _least(party, "shared memory", free, SHARED_BYTES, True, fix)
 
 
-def _least(party: Party, check: str, free: int, needed: int, is_bearable: bool, fix: str) -> Row:
+def _least(party: RankGroup, check: str, free: int, needed: int, is_bearable: bool, fix: str) -> CheckResult:
     told = party.gather((free / needed, free, needed))
     rank, (share, found, limit) = min(enumerate(told), key=lambda pair: pair[1][0])
     value = f"least: {found / GIB:.1f} GiB free, {party.name(rank)}"
-    return Row(check, judge(share >= 1, is_bearable), value, f"at least {limit / GIB:.1f} GiB", fix)
+    return CheckResult(check, judge(share >= 1, is_bearable), value, f"at least {limit / GIB:.1f} GiB", fix)
 
 
 def host_bytes() -> int:
@@ -86,7 +86,7 @@ def host_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def check_versions(party: Party) -> Row:
+def check_versions(party: RankGroup) -> CheckResult:
     """Whether all ranks run the same programs. Every rank must call."""
     told = party.gather(versions())
     limit = "the same on all ranks"
@@ -95,8 +95,10 @@ def check_versions(party: Party) -> Row:
         usual, others = unlike(values)
         if others:
             value = f"{name} {values[others[0]]}: {party.names(others)}; else {usual}"
-            return Row("versions", "fail", value, limit, "start all nodes from one environment, or one container image")
-    return Row("versions", "ok", f"torch {told[0]['torch']}, deepspeed {told[0]['deepspeed']}", limit)
+            return CheckResult(
+                "versions", "fail", value, limit, "start all nodes from one environment, or one container image"
+            )
+    return CheckResult("versions", "ok", f"torch {told[0]['torch']}, deepspeed {told[0]['deepspeed']}", limit)
 
 
 def versions() -> dict[str, str]:
@@ -111,7 +113,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def check_clock(party: Party) -> Row:
+def check_clock(party: RankGroup) -> CheckResult:
     """Whether the clocks of all ranks agree. Every rank must call."""
     apart = [float("inf")] * party.world.size
     for _ in range(CLOCK_ROUNDS):  # one leaves the barrier late now and then, but not every time
@@ -122,4 +124,4 @@ def check_clock(party: Party) -> Row:
     rank = max(range(len(apart)), key=lambda i: apart[i])
     verdict = judge(apart[rank] < CLOCK_WARN_SECONDS, apart[rank] < CLOCK_FAIL_SECONDS)
     value = f"most: {apart[rank]:.3f} s apart, {party.name(rank)}"
-    return Row("clock", verdict, value, f"within {CLOCK_WARN_SECONDS:g} s", "start chrony or ntpd on the node")
+    return CheckResult("clock", verdict, value, f"within {CLOCK_WARN_SECONDS:g} s", "start chrony or ntpd on the node")

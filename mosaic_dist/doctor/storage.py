@@ -6,8 +6,8 @@ import shutil
 import time
 from pathlib import Path
 
-from mosaic_dist.doctor.party import Party
-from mosaic_dist.doctor.row import Row, judge
+from mosaic_dist.doctor.check_result import CheckResult, judge
+from mosaic_dist.doctor.rank_group import RankGroup
 from mosaic_dist.files import checksum
 
 PROBE_BYTES = 64 << 20
@@ -18,7 +18,7 @@ PROBES = ".doctor"
 """Folder of the probes, in the run folder."""
 
 
-def check_storage(party: Party, folder: Path) -> Row:
+def check_storage(party: RankGroup, folder: Path) -> CheckResult:
     """Whether the first rank of each node can write there, at which speed, and the next node reads it unchanged.
 
     Every rank must call. Makes the folder where there is none, and leaves nothing in it.
@@ -39,12 +39,12 @@ def check_storage(party: Party, folder: Path) -> Row:
     for rank, text in enumerate(problems):
         if text:
             fix = "choose an --output on a file system that all nodes mount, writable for this user"
-            return Row("storage", "fail", f"{party.name(rank)}: {text}", limit, fix)
+            return CheckResult("storage", "fail", f"{party.name(rank)}: {text}", limit, fix)
     rank = min(range(world.size), key=lambda i: told[i][0])
     rate = told[rank][0]
     verdict = judge(rate >= WARN_MB_PER_SECOND, rate >= FAIL_MB_PER_SECOND)
     fix = "checkpoints will take long: another file system, or raise checkpoint.every_steps"
-    return Row("storage", verdict, f"slowest: {rate:.0f} MB/s, {party.name(rank)}", limit, fix)
+    return CheckResult("storage", verdict, f"slowest: {rate:.0f} MB/s, {party.name(rank)}", limit, fix)
 
 
 def _write(path: Path) -> tuple[float, str, str | None]:

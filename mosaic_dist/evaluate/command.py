@@ -9,9 +9,9 @@ from mosaic_dist.errors import UserError
 from mosaic_dist.evaluate.evaluation import Evaluation
 from mosaic_dist.evaluate.exact_match import ExactMatch
 from mosaic_dist.evaluate.harness import Harness
+from mosaic_dist.evaluate.model_source import ModelSource
 from mosaic_dist.evaluate.perplexity import Perplexity
 from mosaic_dist.evaluate.ranks import meet
-from mosaic_dist.evaluate.subject import Subject
 from mosaic_dist.evaluate.suite import Suite, render, run_suite
 from mosaic_dist.files import check_output_directory, check_output_file, write_atomic
 from mosaic_dist.parallel import World, leave_world
@@ -98,7 +98,7 @@ def evaluate(
         sys.exit(FAILED_EXIT_CODE)
 
 
-def evaluate_one(evaluation: Evaluation, subject: Subject, world: World, json_output: str | None) -> None:
+def evaluate_one(evaluation: Evaluation, subject: ModelSource, world: World, json_output: str | None) -> None:
     """Print the figures, and write them to a file if one is named."""
     figures = dumps(evaluation.measure(subject.open(), world), indent=2)
     if world.is_main:
@@ -108,12 +108,12 @@ def evaluate_one(evaluation: Evaluation, subject: Subject, world: World, json_ou
             write_atomic(json_output, figures + "\n")
 
 
-def read_subject(model: str | None, run: str | None, step: int | None) -> Subject | None:
+def read_subject(model: str | None, run: str | None, step: int | None) -> ModelSource | None:
     """The model that the flags name; None where they name none."""
     if model is None and run is None and step is None:
         return None
     try:
-        return Subject(model=model or "", run=run or "", step=step)
+        return ModelSource(model=model or "", run=run or "", step=step)
     except SpecError as error:
         raise UserError(f"--{error}") from None
 
@@ -132,7 +132,7 @@ def read_task(word: str, options: dict[str, Any]) -> Evaluation:
         raise UserError(f"--{error}; see `python -m mosaic_dist evaluate --help`") from None
 
 
-def read_suite(file: str, subject: Subject | None) -> Suite:
+def read_suite(file: str, subject: ModelSource | None) -> Suite:
     """A suite's YAML; `subject` stands for its models."""
     try:
         stated = Suite.from_yaml(Path(file).read_text())

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mosaic_dist.errors import UserError
-from mosaic_dist.evaluate.subject import Opened
+from mosaic_dist.evaluate.model_source import LoadedModel
 from mosaic_dist.parallel import World
 from mosaic_dist.spec import Spec
 
@@ -23,7 +23,7 @@ class Evaluation(Spec):
         """The data, in a word."""
         raise TypeError(f"{type(self).__name__} has no data: choose a kind of evaluation")
 
-    def measure(self, opened: Opened, world: World) -> dict[str, Any]:
+    def measure(self, opened: LoadedModel, world: World) -> dict[str, Any]:
         """The figures, as JSON takes them. Every rank calls, and gets the same. UserError for what does not fit."""
         raise TypeError(f"{type(self).__name__} has no figures: choose a kind of evaluation")
 

@@ -10,7 +10,7 @@ from mosaic_dist.data.arithmetic import read_rows
 from mosaic_dist.data.tokenizer import Tokenizer
 from mosaic_dist.evaluate.evaluation import Evaluation, in_one_process
 from mosaic_dist.evaluate.generate import Sampling, generate
-from mosaic_dist.evaluate.subject import Opened
+from mosaic_dist.evaluate.model_source import LoadedModel
 from mosaic_dist.model import TransformerModel
 from mosaic_dist.parallel import World
 from mosaic_dist.spec import NonNegative, Positive
@@ -28,8 +28,8 @@ class ExactMatch(Evaluation, type="exact_match"):
         """The dataset and its split."""
         return f"{self.data} ({self.split})"
 
-    def measure(self, opened: Opened, world: World) -> dict[str, Any]:
-        """See `Evaluation`."""
+    def measure(self, opened: LoadedModel, world: World) -> dict[str, Any]:
+        """Generate an answer to each question and compare it with the expected one."""
         in_one_process(world, "exact_match")
         questions = [(row.prompt, row.target) for row in read_rows(self.data, self.split)[: self.limit]]
         answers = answer_all(opened.network(world.device), opened.tokenizer, questions)
@@ -40,7 +40,7 @@ class ExactMatch(Evaluation, type="exact_match"):
         return summarize(answers) | told
 
     def measures(self, figures: Mapping[str, Any]) -> dict[str, float]:
-        """See `Evaluation`."""
+        """The numbers that comparisons show."""
         return {"exact match": figures["exact_match"]}
 
 

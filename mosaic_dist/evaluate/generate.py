@@ -50,8 +50,8 @@ def generate(
     running = [True] * len(texts)
     cache: Cache | None = None
     for _ in range(max_new_tokens):
-        if cache is None or cache.length == model.spec.context:
-            longest = model.spec.context if cache is None else max(1, model.spec.context // 2)
+        if cache is None or cache.length == model.spec.max_seq_len:
+            longest = model.spec.max_seq_len if cache is None else max(1, model.spec.max_seq_len // 2)
             cache = model.new_cache(len(texts))
             tokens_BT, documents_BT = pad_left([text[-longest:] for text in texts], device)
         else:

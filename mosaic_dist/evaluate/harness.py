@@ -9,7 +9,7 @@ from typing import Any
 from mosaic_dist.convert.hugging_face.standalone import MODEL_TYPE
 from mosaic_dist.errors import UserError
 from mosaic_dist.evaluate.evaluation import Evaluation, in_one_process
-from mosaic_dist.evaluate.subject import Dtype, Opened
+from mosaic_dist.evaluate.model_source import Dtype, LoadedModel
 from mosaic_dist.parallel import World
 from mosaic_dist.spec import NonNegative, Positive, SpecError
 
@@ -30,7 +30,7 @@ class Harness(Evaluation, type="lm_eval"):
     batch: Positive = 8
     dtype: Dtype = "fp32"
 
-    def check(self) -> None:
+    def validate(self) -> None:
         """There is a task."""
         if not self.tasks or not all(self.tasks):
             raise SpecError("tasks", "name one or more, as --task lm_eval:hellaswag,arc_easy")
@@ -39,8 +39,8 @@ class Harness(Evaluation, type="lm_eval"):
         """The tasks."""
         return ",".join(self.tasks)
 
-    def measure(self, opened: Opened, world: World) -> dict[str, Any]:
-        """See `Evaluation`."""
+    def measure(self, opened: LoadedModel, world: World) -> dict[str, Any]:
+        """Run the tasks of the harness on the model, in one process."""
         in_one_process(world, "lm_eval")
         evaluator, models, tasks = (import_harness(part) for part in ("evaluator", "models.huggingface", "tasks"))
         manager = tasks.TaskManager(include_path=self._folder())
@@ -68,7 +68,7 @@ class Harness(Evaluation, type="lm_eval"):
         return self.tasks_folder or None
 
     def measures(self, figures: Mapping[str, Any]) -> dict[str, float]:
-        """See `Evaluation`."""
+        """The metrics of each task, without their standard errors."""
         return {
             f"{task} {name}": value
             for task, measured in figures["results"].items()

@@ -12,9 +12,9 @@ from tqdm import tqdm
 from mosaic_dist.data.tokenizer import Tokenizer
 from mosaic_dist.errors import UserError
 from mosaic_dist.evaluate.evaluation import Evaluation
+from mosaic_dist.evaluate.model_source import Dtype, LoadedModel
 from mosaic_dist.evaluate.passages import Passage, find, read_passages
 from mosaic_dist.evaluate.ranks import sum_over_ranks
-from mosaic_dist.evaluate.subject import Dtype, Opened
 from mosaic_dist.evaluate.windows import batches, windows
 from mosaic_dist.model import TransformerModel
 from mosaic_dist.parallel import World
@@ -43,16 +43,16 @@ class Perplexity(Evaluation, type="perplexity"):
         """The data word, and the split if one was named."""
         return self.data if self.split is None else f"{self.data} ({self.split})"
 
-    def measure(self, opened: Opened, world: World) -> dict[str, Any]:
-        """See `Evaluation`. Ranks share the documents; each holds the whole model."""
+    def measure(self, opened: LoadedModel, world: World) -> dict[str, Any]:
+        """Measure the loss of every token. Ranks share the documents; each holds the whole model."""
         network = opened.network(world.device, self.dtype)
-        context, stride = self._reach(network.spec.context)
+        context, stride = self._reach(network.spec.max_seq_len)
 
         def score() -> Tensor:
             tokenizer = opened.tokenizer
-            if tokenizer.vocab_size > network.spec.vocab:
+            if tokenizer.vocab_size > network.spec.vocab_size:
                 raise UserError(
-                    f"the tokenizer has {tokenizer.vocab_size} tokens, more than the model ({network.spec.vocab})"
+                    f"the tokenizer has {tokenizer.vocab_size} tokens, more than the model ({network.spec.vocab_size})"
                 )
             found = read_passages(
                 find(self.data, self.split, self.field), self.split, tokenizer, self.limit, world.rank, world.size
@@ -77,7 +77,7 @@ class Perplexity(Evaluation, type="perplexity"):
         return context, stride
 
     def measures(self, figures: Mapping[str, Any]) -> dict[str, float]:
-        """See `Evaluation`."""
+        """The numbers that comparisons show."""
         return {key.replace("_", " "): figures[key] for key in ("perplexity", "nats_per_token", "bits_per_byte")}
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from mosaic_dist.errors import UserError
 from mosaic_dist.evaluate.evaluation import Evaluation
-from mosaic_dist.evaluate.subject import Opened, Subject
+from mosaic_dist.evaluate.model_source import LoadedModel, ModelSource
 from mosaic_dist.files import write_atomic
 from mosaic_dist.parallel import World
 from mosaic_dist.spec import Spec, SpecError
@@ -18,10 +18,10 @@ from mosaic_dist.spec import Spec, SpecError
 class Suite(Spec):
     """What is measured of which models. Paths are relative to where the command is started."""
 
-    models: tuple[Subject, ...] = ()
+    models: tuple[ModelSource, ...] = ()
     evaluations: tuple[Evaluation, ...]
 
-    def check(self) -> None:
+    def validate(self) -> None:
         """There is something to measure, and names tell all apart."""
         if not self.evaluations:
             raise SpecError("evaluations", "the list is empty; give at least one evaluation")
@@ -52,7 +52,7 @@ def run_suite(suite: Suite, world: World, folder: Path) -> list[Result]:
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
     for subject in suite.models:
-        opened: Opened | None = None
+        opened: LoadedModel | None = None
         for evaluation in suite.evaluations:
             started, figures, error = time.monotonic(), {}, None
             try:

@@ -1,30 +1,31 @@
 """The model, on one device. Specs say what it is made of; nothing here knows of processes or clusters."""
 
+from mosaic_dist.model.activation_checkpointing import ActivationCheckpointing, apply_activation_checkpointing
 from mosaic_dist.model.attention import (
     GQA,
     MHA,
     MLA,
     MQA,
     Attention,
+    AttentionMetadata,
     AttentionModule,
     LinearAttention,
     Score,
-    Sight,
 )
 from mosaic_dist.model.block import Block, BlockKind
-from mosaic_dist.model.compilation import check_compiler, compile_blocks
+from mosaic_dist.model.compilation import check_compiler, compile_layers
 from mosaic_dist.model.count import Counts, count_parameters, flops_per_token
 from mosaic_dist.model.embedding import Embedding, Factored, Table
 from mosaic_dist.model.ffn import FFN, GEGLU, GELU, ClampedSwiGLU, DenseFFN, Experts, SwiGLU
 from mosaic_dist.model.head import FactoredOutput, Head, Tied, UnitHead, Untied
 from mosaic_dist.model.init import Init, initialize, materialize
-from mosaic_dist.model.linear import GroupedLinear, Matrix, PlainMatrix
+from mosaic_dist.model.linear import GroupedLinear, LinearKind, PlainLinearKind
 from mosaic_dist.model.loss import Loss
 from mosaic_dist.model.moe import (
-    LocalExchange,
-    Mixture,
+    LocalDispatcher,
     MixtureOfExperts,
     MoE,
+    MoEBase,
     MoESwiGLU,
     Router,
     SigmoidTopK,
@@ -46,11 +47,10 @@ from mosaic_dist.model.position import (
     Sinusoidal,
     YaRN,
 )
-from mosaic_dist.model.recompute import Recompute, apply_recompute
-from mosaic_dist.model.rows import Rows, gather, spread
-from mosaic_dist.model.ternary import TernaryMatrix, pack_ternary, ternary, unpack_ternary
-from mosaic_dist.model.transformer import LossParts, Transformer, TransformerModel, make_sight
-from mosaic_dist.model.unit import UnitMatrix
+from mosaic_dist.model.rows import Rows, permute, unpermute
+from mosaic_dist.model.ternary import TernaryLinearKind, pack_ternary, ternary, unpack_ternary
+from mosaic_dist.model.transformer import LossOutput, Transformer, TransformerModel, make_attention_metadata
+from mosaic_dist.model.unit import UnitLinearKind
 from mosaic_dist.model.width import Factors, MuP
 
 __all__ = [
@@ -62,7 +62,9 @@ __all__ = [
     "MLA",
     "MQA",
     "ALiBi",
+    "ActivationCheckpointing",
     "Attention",
+    "AttentionMetadata",
     "AttentionModule",
     "Block",
     "BlockKind",
@@ -81,56 +83,54 @@ __all__ = [
     "LayerNorm",
     "Learned",
     "LinearAttention",
+    "LinearKind",
     "LinearScaling",
     "Llama3Scaling",
-    "LocalExchange",
+    "LocalDispatcher",
     "Loss",
-    "LossParts",
-    "Matrix",
-    "Mixture",
+    "LossOutput",
     "MixtureOfExperts",
     "MoE",
+    "MoEBase",
     "MoESwiGLU",
     "MuP",
     "NTKScaling",
     "NoPosition",
     "Norm",
     "NormalizedBlock",
-    "PlainMatrix",
+    "PlainLinearKind",
     "Position",
     "RMSNorm",
-    "Recompute",
     "RoPE",
     "Router",
     "Rows",
     "Score",
-    "Sight",
     "SigmoidTopK",
     "Sinusoidal",
     "SoftmaxTopK",
     "SwiGLU",
     "Table",
-    "TernaryMatrix",
+    "TernaryLinearKind",
     "Tied",
     "TopKSoftmax",
     "Transformer",
     "TransformerModel",
     "UnitHead",
-    "UnitMatrix",
+    "UnitLinearKind",
     "UnitNorm",
     "Untied",
     "YaRN",
-    "apply_recompute",
+    "apply_activation_checkpointing",
     "check_compiler",
-    "compile_blocks",
+    "compile_layers",
     "count_parameters",
     "flops_per_token",
-    "gather",
     "initialize",
-    "make_sight",
+    "make_attention_metadata",
     "materialize",
     "pack_ternary",
-    "spread",
+    "permute",
     "ternary",
     "unpack_ternary",
+    "unpermute",
 ]

@@ -5,11 +5,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mosaic_dist.model.attention import Attention, AttentionModule, Sight
-from mosaic_dist.model.ffn import FFN, Extras
+from mosaic_dist.model.attention import Attention, AttentionMetadata, AttentionModule
+from mosaic_dist.model.ffn import FFN, AuxOutputs
 from mosaic_dist.model.norm import Norm, epsilon
 from mosaic_dist.model.position import Position
-from mosaic_dist.spec import Fraction, Spec, at
+from mosaic_dist.spec import Spec, UnitInterval, at
 
 
 class BlockKind(Spec):
@@ -17,7 +17,7 @@ class BlockKind(Spec):
 
     attention: Attention
     ffn: FFN
-    dropout: Fraction = 0.0
+    dropout: UnitInterval = 0.0
 
     def build(self, dim: int, norm: Norm, position: Position) -> "BlockModule":
         """The block's module. `norm` is the model's. A part that does not fit the width is refused with its path."""
@@ -43,13 +43,13 @@ class BlockModule(nn.Module):
         self.ffn_norm, self.ffn = ffn_norm, ffn
         self.dropout = dropout
 
-    def forward(self, x_BTD: Tensor, sight: Sight, cache: Any = None) -> tuple[Tensor, Extras]:
+    def forward(self, x_BTD: Tensor, metadata: AttentionMetadata, cache: Any = None) -> tuple[Tensor, AuxOutputs]:
         """x_BTD -> ([B, T, D], what the feed-forward network tells)."""
-        x_BTD, seen_BTD = self.before_ffn(x_BTD, sight, cache)
+        x_BTD, seen_BTD = self.before_ffn(x_BTD, metadata, cache)
         out_BTD, extras = self.ffn(seen_BTD)
         return self.after_ffn(x_BTD, out_BTD), extras
 
-    def before_ffn(self, x_BTD: Tensor, sight: Sight, cache: Any) -> tuple[Tensor, Tensor]:
+    def before_ffn(self, x_BTD: Tensor, metadata: AttentionMetadata, cache: Any) -> tuple[Tensor, Tensor]:
         """x_BTD -> (the residual stream with the attention in it, what the feed-forward network sees)."""
         raise TypeError(f"{type(self).__name__} has no attention: a kind of block says how")
 
@@ -70,19 +70,19 @@ class Block(BlockKind, type="prenorm"):
     """x + attention(norm(x)), then x + ffn(norm(x)) (pre-norm; Xiong et al., arXiv 2002.04745)."""
 
     def build(self, dim: int, norm: Norm, position: Position) -> "PreNormBlock":
-        """See `BlockKind.build`."""
+        """Build attention, feed-forward network and two norms."""
         attention, ffn = self.build_parts(dim, norm, position)
         return PreNormBlock(attention, ffn, norm.build(dim), norm.build(dim), self.dropout)
 
 
 class PreNormBlock(BlockModule):
-    """See `Block`."""
+    """x + attention(norm(x)), then x + ffn(norm(x))."""
 
-    def before_ffn(self, x_BTD: Tensor, sight: Sight, cache: Any) -> tuple[Tensor, Tensor]:
-        """See `BlockModule.before_ffn`."""
-        x_BTD = x_BTD + self.drop(self.attention(self.attention_norm(x_BTD), sight, cache))
+    def before_ffn(self, x_BTD: Tensor, metadata: AttentionMetadata, cache: Any) -> tuple[Tensor, Tensor]:
+        """Attention with its residual; returns the hidden state and the input of the feed-forward network."""
+        x_BTD = x_BTD + self.drop(self.attention(self.attention_norm(x_BTD), metadata, cache))
         return x_BTD, self.ffn_norm(x_BTD)
 
     def after_ffn(self, x_BTD: Tensor, out_BTD: Tensor) -> Tensor:
-        """See `BlockModule.after_ffn`."""
+        """Add the feed-forward network's output to the hidden state."""
         return x_BTD + self.drop(out_BTD)

@@ -51,7 +51,7 @@ def _active_experts(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 def _component(name: str) -> str:
     parts = name.split(".")
-    if parts[0] != "blocks":
+    if parts[0] != "layers":
         return parts[0]
     return "norm" if parts[2].endswith("norm") else parts[2]
 

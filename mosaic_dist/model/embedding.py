@@ -16,7 +16,7 @@ class Embedding(Spec):
 
     multiplier: PositiveFloat = 1.0
 
-    def build(self, vocab: int, dim: int) -> "EmbeddingModule":
+    def build(self, vocab_size: int, dim: int) -> "EmbeddingModule":
         """Module mapping tokens [B, T] int64 to [B, T, dim], with its table as `weight`."""
         raise TypeError(f"{type(self).__name__} cannot be built: choose a kind of embedding")
 
@@ -24,9 +24,9 @@ class Embedding(Spec):
 class Table(Embedding, type="table"):
     """One row of width `dim` per token."""
 
-    def build(self, vocab: int, dim: int) -> "EmbeddingModule":
-        """weight [vocab, dim]."""
-        return EmbeddingModule(vocab, dim, dim, self.multiplier)
+    def build(self, vocab_size: int, dim: int) -> "EmbeddingModule":
+        """weight [vocab_size, dim]."""
+        return EmbeddingModule(vocab_size, dim, dim, self.multiplier)
 
 
 class Factored(Embedding, type="factored"):
@@ -34,20 +34,20 @@ class Factored(Embedding, type="factored"):
 
     rank: Positive
 
-    def build(self, vocab: int, dim: int) -> "EmbeddingModule":
-        """weight [vocab, rank], up [dim, rank]."""
-        return EmbeddingModule(vocab, self.rank, dim, self.multiplier)
+    def build(self, vocab_size: int, dim: int) -> "EmbeddingModule":
+        """weight [vocab_size, rank], up [dim, rank]."""
+        return EmbeddingModule(vocab_size, self.rank, dim, self.multiplier)
 
 
 class EmbeddingModule(nn.Module):
-    """Look-up in weight [vocab, width], then a projection where `width` is not the model's."""
+    """Look-up in weight [vocab_size, width], then a projection where `width` is not the model's."""
 
     is_table = True
 
-    def __init__(self, vocab: int, width: int, dim: int, multiplier: float):
+    def __init__(self, vocab_size: int, width: int, dim: int, multiplier: float):
         super().__init__()
         self.multiplier = multiplier
-        self.weight = nn.Parameter(torch.empty(vocab, width))
+        self.weight = nn.Parameter(torch.empty(vocab_size, width))
         self.up = None if width == dim else Linear(width, dim, keeps_scale=True)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mosaic_dist.model.embedding import EmbeddingModule
 from mosaic_dist.model.linear import Linear
-from mosaic_dist.model.products import linear
+from mosaic_dist.model.matmul import linear
 from mosaic_dist.model.unit import Scale, unit
 from mosaic_dist.spec import Positive, Spec, SpecError
 
@@ -17,8 +17,8 @@ from mosaic_dist.spec import Positive, Spec, SpecError
 class Head(Spec):
     """Family of output heads."""
 
-    def build(self, vocab: int, dim: int, embedding: EmbeddingModule) -> "HeadModule":
-        """Module mapping [B, T, dim] to logits [B, T, vocab]."""
+    def build(self, vocab_size: int, dim: int, embedding: EmbeddingModule) -> "HeadModule":
+        """Module mapping [B, T, dim] to logits [B, T, vocab_size]."""
         raise TypeError(f"{type(self).__name__} cannot be built: choose a kind of head")
 
 
@@ -28,7 +28,7 @@ class Tied(Head, type="tied"):
     Where the table is narrower than the model, the hidden state is first projected down to it.
     """
 
-    def build(self, vocab: int, dim: int, embedding: EmbeddingModule) -> "HeadModule":
+    def build(self, vocab_size: int, dim: int, embedding: EmbeddingModule) -> "HeadModule":
         """Shares `embedding.weight`; down [rank, dim] where the table is factored."""
         return TiedHead(dim, embedding.weight)
 
@@ -36,9 +36,9 @@ class Tied(Head, type="tied"):
 class Untied(Head, type="linear"):
     """Logits through a matrix of its own."""
 
-    def build(self, vocab: int, dim: int, embedding: EmbeddingModule) -> "HeadModule":
-        """weight [vocab, dim]."""
-        return LinearHead(vocab, dim)
+    def build(self, vocab_size: int, dim: int, embedding: EmbeddingModule) -> "HeadModule":
+        """weight [vocab_size, dim]."""
+        return LinearHead(vocab_size, dim)
 
 
 class FactoredOutput(Head, type="factored"):
@@ -46,9 +46,9 @@ class FactoredOutput(Head, type="factored"):
 
     rank: Positive
 
-    def build(self, vocab: int, dim: int, embedding: EmbeddingModule) -> "HeadModule":
-        """down [rank, dim], weight [vocab, rank]."""
-        return FactoredHead(vocab, self.rank, dim)
+    def build(self, vocab_size: int, dim: int, embedding: EmbeddingModule) -> "HeadModule":
+        """down [rank, dim], weight [vocab_size, rank]."""
+        return FactoredHead(vocab_size, self.rank, dim)
 
 
 class UnitHead(Head, type="unit"):
@@ -61,18 +61,18 @@ class UnitHead(Head, type="unit"):
 
     tied: bool = False
 
-    def build(self, vocab: int, dim: int, embedding: EmbeddingModule) -> "HeadModule":
-        """weight [vocab, dim], of its own or shared with the embedding; scale.weight [vocab]."""
+    def build(self, vocab_size: int, dim: int, embedding: EmbeddingModule) -> "HeadModule":
+        """weight [vocab_size, dim], of its own or shared with the embedding; scale.weight [vocab_size]."""
         width = embedding.weight.shape[1]
         if self.tied and width != dim:
             raise SpecError(
                 "tied", f"the embedding's table is {width} wide, the model {dim}; use embedding 'table', or tied=False"
             )
-        return UnitLinearHead(vocab, dim, embedding.weight if self.tied else None)
+        return UnitLinearHead(vocab_size, dim, embedding.weight if self.tied else None)
 
 
 class HeadModule(nn.Module):
-    """Base of head modules: logits are the products of what `seen_rows` and `effective_weight` give."""
+    """Base of head modules: logits are the products of what `transform_input` and `transform_weight` give."""
 
     weight: nn.Parameter
 
@@ -82,60 +82,62 @@ class HeadModule(nn.Module):
         Weights are for use in here only: under ZeRO-3 they are whole no longer than this runs.
         """
         product = linear if measure is None else measure
-        return product(self.seen_rows(x_BTD), self.effective_weight())
+        return product(self.transform_input(x_BTD), self.transform_weight())
 
-    def seen_rows(self, x_BTD: Tensor) -> Tensor:
+    def transform_input(self, x_BTD: Tensor) -> Tensor:
         """What the product sees of hidden states, [B, T, C]."""
         return x_BTD
 
-    def effective_weight(self) -> Tensor:
+    def transform_weight(self) -> Tensor:
         """What the product sees of the weights, [V, C]."""
         return self.weight
 
 
 class TiedHead(HeadModule):
-    """See `Tied`. `weight` is the very parameter of the embedding, registered here too so that ZeRO-3 gathers it."""
+    """Head of `Tied`. `weight` is the very parameter of the embedding, registered here too so that ZeRO-3 gathers
+    it.
+    """
 
     def __init__(self, dim: int, weight_VC: nn.Parameter):
         super().__init__()
         self.weight = weight_VC
         self.down = None if weight_VC.shape[1] == dim else Linear(dim, weight_VC.shape[1], keeps_scale=True)
 
-    def seen_rows(self, x_BTD: Tensor) -> Tensor:
+    def transform_input(self, x_BTD: Tensor) -> Tensor:
         """Projected down to the table."""
         return x_BTD if self.down is None else self.down(x_BTD)
 
 
 class FactoredHead(HeadModule):
-    """See `FactoredOutput`."""
+    """Head of `FactoredOutput`: projects to `rank` dimensions, then to the vocabulary."""
 
-    def __init__(self, vocab: int, rank: int, dim: int):
+    def __init__(self, vocab_size: int, rank: int, dim: int):
         super().__init__()
         self.down = Linear(dim, rank, keeps_scale=True)
-        self.weight = nn.Parameter(torch.empty(vocab, rank))
+        self.weight = nn.Parameter(torch.empty(vocab_size, rank))
 
-    def seen_rows(self, x_BTD: Tensor) -> Tensor:
+    def transform_input(self, x_BTD: Tensor) -> Tensor:
         """Projected down."""
         return self.down(x_BTD)
 
 
 class LinearHead(HeadModule):
-    """See `Untied`."""
+    """Head of `Untied`: a weight of its own."""
 
-    def __init__(self, vocab: int, dim: int):
+    def __init__(self, vocab_size: int, dim: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab, dim))
+        self.weight = nn.Parameter(torch.empty(vocab_size, dim))
 
 
 class UnitLinearHead(HeadModule):
-    """See `UnitHead`. A shared `weight` is registered here too, as in `TiedHead`."""
+    """Head of `UnitHead`. A shared `weight` is registered here too, as in `TiedHead`."""
 
-    def __init__(self, vocab: int, dim: int, shared_VD: nn.Parameter | None):
+    def __init__(self, vocab_size: int, dim: int, shared_VD: nn.Parameter | None):
         super().__init__()
         self.deviation = 1 / math.sqrt(dim)
-        self.weight = nn.Parameter(torch.empty(vocab, dim)) if shared_VD is None else shared_VD
-        self.scale = Scale(vocab, start=1.0, stored=1 / math.sqrt(dim))
+        self.weight = nn.Parameter(torch.empty(vocab_size, dim)) if shared_VD is None else shared_VD
+        self.scale = Scale(vocab_size, start=1.0, stored=1 / math.sqrt(dim))
 
-    def effective_weight(self) -> Tensor:
+    def transform_weight(self) -> Tensor:
         """Rows of length one, times their scales."""
         return unit(self.weight, 1, self.scale()[:, None])

@@ -1,6 +1,7 @@
 """Matrix layers: one weight (`Linear`), or one per expert (`GroupedLinear`).
 
-`Matrix` is the family of their kinds: how the weights enter the product. `ternary.py` and `unit.py` hold further ones.
+`LinearKind` is the family of their kinds: how the weights enter the product. `ternary.py` and `unit.py` hold further
+ones.
 """
 
 import math
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mosaic_dist.model.products import linear
+from mosaic_dist.model.matmul import linear
 from mosaic_dist.spec import Spec
 
 
@@ -32,13 +33,13 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., inputs] -> [..., outputs]."""
-        return linear(self.seen_rows(x), self.effective_weight(), self.bias)
+        return linear(self.transform_input(x), self.transform_weight(), self.bias)
 
-    def seen_rows(self, x: Tensor) -> Tensor:
+    def transform_input(self, x: Tensor) -> Tensor:
         """What the product sees of its input."""
         return x
 
-    def effective_weight(self) -> Tensor:
+    def transform_weight(self) -> Tensor:
         """What the product sees of the weights, [outputs, inputs]."""
         return self.weight
 
@@ -65,18 +66,18 @@ class GroupedLinear(nn.Module):
 
     def forward(self) -> tuple[Tensor, Tensor | None]:
         """Effective weight [e, inputs, outputs] and bias [e, outputs]; a call, so that hooks can fetch them for it."""
-        return self.effective_weight(), self.bias
+        return self.transform_weight(), self.bias
 
-    def seen_rows(self, x_RI: Tensor) -> Tensor:
+    def transform_input(self, x_RI: Tensor) -> Tensor:
         """What the products see of their inputs."""
         return x_RI
 
-    def effective_weight(self) -> Tensor:
+    def transform_weight(self) -> Tensor:
         """What the products see of the weights, [e, inputs, outputs]."""
         return self.weight
 
 
-class Matrix(Spec):
+class LinearKind(Spec):
     """Family of matrix layers: how the weights of a network enter its products."""
 
     def build(self, inputs: int, outputs: int, *, bias: bool = False, residual: bool = False) -> Linear:
@@ -90,17 +91,17 @@ class Matrix(Spec):
         raise TypeError(f"{type(self).__name__} cannot be built: choose a kind of matrix")
 
 
-class PlainMatrix(Matrix, type="plain"):
+class PlainLinearKind(LinearKind, type="plain"):
     """The weights as they are."""
 
     def build(self, inputs: int, outputs: int, *, bias: bool = False, residual: bool = False) -> Linear:
-        """See `Linear`."""
+        """An unmodified linear layer: weight [outputs, inputs]."""
         return Linear(inputs, outputs, bias=bias, residual=residual)
 
     def build_stack(
         self, experts: int, inputs: int, outputs: int, *, bias: bool = False, residual: bool = False
     ) -> GroupedLinear:
-        """See `GroupedLinear`."""
+        """One unmodified matrix per expert: weight [experts, inputs, outputs]."""
         return GroupedLinear(experts, inputs, outputs, bias=bias, residual=residual)
 
 

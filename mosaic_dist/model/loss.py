@@ -22,7 +22,8 @@ ROUND_TOKENS = 128
 
 
 class Loss(Spec):
-    """Cross-entropy of the next token, and with a `z_weight` the z-loss: z_weight * log(Z)^2 of each scored token.
+    """Cross-entropy of the next token, and with a `z_loss_coef` the z-loss: z_loss_coef * log(Z)^2 of each scored
+    token.
 
     Z is the sum of the exponentiated logits, and the z-loss keeps it near one (PaLM, arXiv 2204.02311, section 5, with
     1e-4). `chunk_tokens` is how many tokens of a micro-batch have logits at a time: fewer need less memory, with values
@@ -31,23 +32,23 @@ class Loss(Spec):
     """
 
     chunk_tokens: Positive | Literal["auto"] = "auto"
-    z_weight: NonNegativeFloat = 0.0
+    z_loss_coef: NonNegativeFloat = 0.0
 
-    def tokens_at_a_time(self, tokens: int, vocab: int) -> int:
+    def tokens_at_a_time(self, tokens: int, vocab_size: int) -> int:
         """Of so many tokens of a micro-batch."""
         if self.chunk_tokens != "auto":
             return min(tokens, self.chunk_tokens)
-        if tokens * vocab <= AUTO_LOGITS:
+        if tokens * vocab_size <= AUTO_LOGITS:
             return tokens
-        return max(ROUND_TOKENS, AUTO_LOGITS // vocab // ROUND_TOKENS * ROUND_TOKENS)
+        return max(ROUND_TOKENS, AUTO_LOGITS // vocab_size // ROUND_TOKENS * ROUND_TOKENS)
 
-    def score(self, head: nn.Module, x_BTD: Tensor, targets_BT: Tensor, vocab: int) -> "Scores":
+    def score(self, head: nn.Module, x_BTD: Tensor, targets_BT: Tensor, vocab_size: int) -> "Scores":
         """What the hidden states before the head cost; targets int64, IGNORE_INDEX where nothing is scored."""
-        chunk_tokens = self.tokens_at_a_time(targets_BT.numel(), vocab)
+        chunk_tokens = self.tokens_at_a_time(targets_BT.numel(), vocab_size)
         if chunk_tokens >= targets_BT.numel():
-            return score_logits(head(x_BTD), targets_BT, self.z_weight)
+            return score_logits(head(x_BTD), targets_BT, self.z_loss_coef)
         # inside the head's own forward pass its weights are there, also where ZeRO-3 gathers them for it
-        return head(x_BTD, partial(score_in_chunks, targets_BT, chunk_tokens, self.z_weight))
+        return head(x_BTD, partial(score_in_chunks, targets_BT, chunk_tokens, self.z_loss_coef))
 
 
 class Scores(NamedTuple):
@@ -59,18 +60,20 @@ class Scores(NamedTuple):
     """The z-loss in it, detached."""
 
 
-def score_logits(logits_BTV: Tensor, targets_BT: Tensor, z_weight: float) -> Scores:
+def score_logits(logits_BTV: Tensor, targets_BT: Tensor, z_loss_coef: float) -> Scores:
     """Of logits that are there, in float32."""
     logits_SV, targets_S = logits_BTV.flatten(0, 1).float(), targets_BT.flatten()
     cross_entropy = functional.cross_entropy(logits_SV, targets_S, ignore_index=IGNORE_INDEX, reduction="sum")
-    if not z_weight:
+    if not z_loss_coef:
         return Scores(cross_entropy, cross_entropy.new_zeros(()))
     squares_S = logits_SV.logsumexp(-1).square().masked_fill(targets_S == IGNORE_INDEX, 0.0)
-    z_loss = z_weight * squares_S.sum()
+    z_loss = z_loss_coef * squares_S.sum()
     return Scores(cross_entropy + z_loss, z_loss.detach())
 
 
-def score_in_chunks(targets_BT: Tensor, chunk_tokens: int, z_weight: float, x_BTC: Tensor, weight_VC: Tensor) -> Scores:
+def score_in_chunks(
+    targets_BT: Tensor, chunk_tokens: int, z_loss_coef: float, x_BTC: Tensor, weight_VC: Tensor
+) -> Scores:
     """Of the logits x @ weight^T, which are made for `chunk_tokens` tokens at a time, and gone afterwards.
 
     Between the forward and the backward pass lie the gradients: of x in its dtype, of the weights in float32 (or
@@ -78,7 +81,7 @@ def score_in_chunks(targets_BT: Tensor, chunk_tokens: int, z_weight: float, x_BT
     """
     # asked for here, because inside an autograd function gradients are always off
     is_trained = torch.is_grad_enabled() and (x_BTC.requires_grad or weight_VC.requires_grad)
-    words = targets_BT.flatten(), chunk_tokens, z_weight, is_trained
+    words = targets_BT.flatten(), chunk_tokens, z_loss_coef, is_trained
     return Scores(*_InChunks.apply(x_BTC.flatten(0, 1), weight_VC, *words))
 
 
@@ -90,7 +93,7 @@ class _InChunks(torch.autograd.Function):
         weight_VC: Tensor,
         targets_S: Tensor,
         chunk_tokens: int,
-        z_weight: float,
+        z_loss_coef: float,
         is_trained: bool,
     ) -> tuple[Tensor, Tensor]:
         exact = torch.promote_types(x_SC.dtype, torch.float32)
@@ -99,7 +102,9 @@ class _InChunks(torch.autograd.Function):
             grad_x_SC, grad_weight_VC = torch.empty_like(x_SC), torch.zeros_like(weight_VC, dtype=exact)
         for first in range(0, len(x_SC), chunk_tokens):
             part = slice(first, first + chunk_tokens)
-            of_chunk, z_of_chunk, grad_sV = _score_chunk(x_SC[part], weight_VC, targets_S[part], z_weight, is_trained)
+            of_chunk, z_of_chunk, grad_sV = _score_chunk(
+                x_SC[part], weight_VC, targets_S[part], z_loss_coef, is_trained
+            )
             loss += of_chunk
             z_loss += z_of_chunk
             if is_trained:
@@ -120,7 +125,7 @@ class _InChunks(torch.autograd.Function):
 
 
 def _score_chunk(
-    x_sC: Tensor, weight_VC: Tensor, targets_s: Tensor, z_weight: float, is_trained: bool
+    x_sC: Tensor, weight_VC: Tensor, targets_s: Tensor, z_loss_coef: float, is_trained: bool
 ) -> tuple[Tensor, Tensor, Any]:
     """Loss, the z-loss in it, and the gradient of the loss with respect to the logits, [s, V] in their dtype, or None.
 
@@ -133,12 +138,12 @@ def _score_chunk(
     del logits_sV
     cross_entropy_s1 = -log_p_sV.gather(1, right_s1)
     log_z_s1 = right_logit_s1 + cross_entropy_s1
-    z_loss_s1 = z_weight * log_z_s1.square()
+    z_loss_s1 = z_loss_coef * log_z_s1.square()
     loss, z_loss = (x_s1.masked_fill(ignored_s1, 0.0).sum() for x_s1 in (cross_entropy_s1 + z_loss_s1, z_loss_s1))
     if not is_trained:
         return loss, z_loss, None
     # by a logit, log Z has the gradient p, and the cross-entropy p less one where the logit is the right one's
-    shares_s1 = (1 + 2 * z_weight * log_z_s1).masked_fill(ignored_s1, 0.0)
+    shares_s1 = (1 + 2 * z_loss_coef * log_z_s1).masked_fill(ignored_s1, 0.0)
     grad_sV = log_p_sV.exp_().mul_(shares_s1).scatter_add_(1, right_s1, ignored_s1.to(log_p_sV.dtype) - 1)
     return loss, z_loss, grad_sV.to(x_sC.dtype)
 

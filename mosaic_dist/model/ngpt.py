@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mosaic_dist.model.attention import Sight
+from mosaic_dist.model.attention import AttentionMetadata
 from mosaic_dist.model.block import BlockKind, BlockModule
 from mosaic_dist.model.norm import Norm
 from mosaic_dist.model.position import Position
@@ -19,7 +19,7 @@ class NormalizedBlock(BlockKind, type="ngpt"):
     Each part moves the hidden state a learned share `a` of the way to its own output, per dimension, which starts at
     `step_size` (section 2.2). Every block makes what it is given a unit vector first: this normalises the
     embeddings in the first block, changes nothing in later ones, and lets blocks of other kinds stand in between. The
-    model's norm plays no part inside. The whole of nGPT has, besides, `UnitMatrix` in attention and feed-forward
+    model's norm plays no part inside. The whole of nGPT has, besides, `UnitLinearKind` in attention and feed-forward
     network, `UnitNorm` and `UnitHead` in the model, and `qk_norm` in the attention.
 
     With `qk_norm` the scores are sqrt(H) * cos(q, k) at the start, as in the paper: both vectors have length sqrt(H),
@@ -31,7 +31,7 @@ class NormalizedBlock(BlockKind, type="ngpt"):
     step_size: PositiveFloat = 0.05
 
     def build(self, dim: int, norm: Norm, position: Position) -> "SphereBlock":
-        """See `BlockKind.build`."""
+        """Build attention, feed-forward network and the two steps on the sphere."""
         attention, ffn = self.build_parts(dim, norm, position)
         return SphereBlock(
             attention, ffn, SphereStep(dim, self.step_size), SphereStep(dim, self.step_size), self.dropout
@@ -52,14 +52,16 @@ class SphereStep(nn.Module):
 
 
 class SphereBlock(BlockModule):
-    """See `NormalizedBlock`. Its norms are `SphereStep`s, of hidden state and output of a part."""
+    """Block of normalised GPT. Its norms are `SphereStep`s, of hidden state and output of a part."""
 
-    def before_ffn(self, x_BTD: Tensor, sight: Sight, cache: Any) -> tuple[Tensor, Tensor]:
-        """See `BlockModule.before_ffn`."""
+    def before_ffn(self, x_BTD: Tensor, metadata: AttentionMetadata, cache: Any) -> tuple[Tensor, Tensor]:
+        """A step on the sphere towards attention's output; the new hidden state is also the input of the feed-forward
+        network.
+        """
         h_BTD = unit(x_BTD)
-        h_BTD = self.attention_norm(h_BTD, self.drop(self.attention(h_BTD, sight, cache)))
+        h_BTD = self.attention_norm(h_BTD, self.drop(self.attention(h_BTD, metadata, cache)))
         return h_BTD, h_BTD
 
     def after_ffn(self, x_BTD: Tensor, out_BTD: Tensor) -> Tensor:
-        """See `BlockModule.after_ffn`; what comes out has length one."""
+        """A step on the sphere towards the feed-forward network's output; what comes out has length one."""
         return self.ffn_norm(x_BTD, self.drop(out_BTD))

@@ -53,7 +53,7 @@ class UnitNorm(Norm, type="unit"):
 
 
 class UnitNormModule(nn.Module):
-    """See `UnitNorm`."""
+    """Divides each vector by its Euclidean length; no parameters."""
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """x_BTD -> [B, T, D]."""

@@ -19,12 +19,12 @@ class Rows(NamedTuple):
     """Rows per expert, int64."""
 
 
-def spread(x_SD: Tensor, rows: Rows) -> Tensor:
+def permute(x_SD: Tensor, rows: Rows) -> Tensor:
     """x_SD -> [R, D]. The gradient of a token is summed in the order of its places, so every run gives the same."""
     return _Spread.apply(x_SD, rows.tokens_R, rows.places_SK)
 
 
-def gather(x_RD: Tensor, rows: Rows) -> Tensor:
+def unpermute(x_RD: Tensor, rows: Rows) -> Tensor:
     """x_RD -> [S, D], the sum of the rows of each token: the transpose of `spread`. Weights play no part."""
     return _Gather.apply(x_RD, rows.tokens_R, rows.places_SK)
 

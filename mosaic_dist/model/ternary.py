@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mosaic_dist.model.linear import GroupedLinear, Linear, Matrix
+from mosaic_dist.model.linear import GroupedLinear, Linear, LinearKind
 
 SMALLEST_SCALE = 1e-5
 """Floor of an absolute mean or maximum, as in BitNet's reference code: a matrix or row of zeros stays zero."""
@@ -24,7 +24,7 @@ WEIGHTS_PER_BYTE = 5
 """3 ** 5 = 243 fit in a byte, which makes 1.6 bits per weight; the information in a ternary value is 1.58 bits."""
 
 
-class TernaryMatrix(Matrix, type="ternary"):
+class TernaryLinearKind(LinearKind, type="ternary"):
     """Weights rounded to three values, inputs normalised and rounded to int8. Biases stay as they are.
 
     Inputs pass an RMSNorm without gain first, inside the layer, as in BitNet's reference code ("The Era of 1-bit LLMs:
@@ -33,37 +33,37 @@ class TernaryMatrix(Matrix, type="ternary"):
     """
 
     def build(self, inputs: int, outputs: int, *, bias: bool = False, residual: bool = False) -> Linear:
-        """See `TernaryLinear`."""
+        """A linear layer with ternary weights and 8-bit inputs: weight [outputs, inputs]."""
         return TernaryLinear(inputs, outputs, bias=bias, residual=residual)
 
     def build_stack(
         self, experts: int, inputs: int, outputs: int, *, bias: bool = False, residual: bool = False
     ) -> GroupedLinear:
-        """See `TernaryGroupedLinear`."""
+        """One ternary matrix per expert: weight [experts, inputs, outputs]."""
         return TernaryGroupedLinear(experts, inputs, outputs, bias=bias, residual=residual)
 
 
 class TernaryLinear(Linear):
     """`Linear` over rounded inputs and weights."""
 
-    def seen_rows(self, x: Tensor) -> Tensor:
-        """See `round_rows`."""
+    def transform_input(self, x: Tensor) -> Tensor:
+        """Inputs rounded to 8 bits, one scale per token."""
         return round_rows(x)
 
-    def effective_weight(self) -> Tensor:
-        """See `round_weight`."""
+    def transform_weight(self) -> Tensor:
+        """The weight as {-1, 0, 1} times one scale, with gradients straight through."""
         return round_weight(self.weight)
 
 
 class TernaryGroupedLinear(GroupedLinear):
     """`GroupedLinear` over rounded inputs and weights, with a scale per expert: which others are here plays no part."""
 
-    def seen_rows(self, x_RI: Tensor) -> Tensor:
-        """See `round_rows`."""
+    def transform_input(self, x_RI: Tensor) -> Tensor:
+        """Inputs rounded to 8 bits, one scale per row."""
         return round_rows(x_RI)
 
-    def effective_weight(self) -> Tensor:
-        """See `round_weight`."""
+    def transform_weight(self) -> Tensor:
+        """The weights as {-1, 0, 1} times one scale per expert, with gradients straight through."""
         return round_weight(self.weight)
 
 
@@ -78,14 +78,14 @@ def ternary(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight > half).to(torch.int8) - (weight < -half).to(torch.int8), scale
 
 
-def effective_weight(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def transform_weight(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """What the products see: values [..., a, b] times scale [...], rounded once to `dtype`."""
     return (values * scale[..., None, None]).to(dtype)
 
 
 def round_weight(weight: Tensor) -> Tensor:
     """The effective weight, of three values per matrix; its gradient goes to `weight` as it is."""
-    return StraightThrough.apply(effective_weight(*ternary(weight), weight.dtype), weight)
+    return StraightThrough.apply(transform_weight(*ternary(weight), weight.dtype), weight)
 
 
 def round_rows(x: Tensor) -> Tensor:

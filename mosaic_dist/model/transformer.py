@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mosaic_dist.model.attention import Sight
+from mosaic_dist.model.attention import AttentionMetadata
 from mosaic_dist.model.block import BlockKind
 from mosaic_dist.model.compatibility import check_pair
 from mosaic_dist.model.embedding import Embedding, Table
-from mosaic_dist.model.ffn import Extras
+from mosaic_dist.model.ffn import AuxOutputs
 from mosaic_dist.model.head import Head, Tied
 from mosaic_dist.model.init import Init, initialize, materialize
 from mosaic_dist.model.loss import Loss, Scores
@@ -20,25 +20,27 @@ from mosaic_dist.spec import Positive, Spec, SpecError, at, override
 
 
 class Transformer(Spec):
-    """A decoder-only language model over `vocab` tokens, `dim` wide, for sequences of up to `context` tokens."""
+    """A decoder-only language model over `vocab_size` tokens, `dim` wide, for sequences of up to `max_seq_len`
+    tokens.
+    """
 
-    vocab: Positive
+    vocab_size: Positive
     dim: Positive
-    context: Positive
+    max_seq_len: Positive
     embedding: Embedding = Table()
     position: Position = Learned()
-    blocks: tuple[BlockKind, ...]
+    layers: tuple[BlockKind, ...]
     norm: Norm = RMSNorm()
     head: Head = Tied()
     init: Init = Init()
     loss: Loss = Loss()
 
-    def check(self) -> None:
+    def validate(self) -> None:
         """There is a block, and each attention can work with the position."""
-        if not self.blocks:
-            raise SpecError("blocks", "the list is empty; give at least one block")
-        for i, block in enumerate(self.blocks):
-            with at(f"blocks[{i}]"):
+        if not self.layers:
+            raise SpecError("layers", "the list is empty; give at least one block")
+        for i, block in enumerate(self.layers):
+            with at(f"layers[{i}]"):
                 check_pair(block.attention, self.position)
 
     def build(self) -> "TransformerModel":
@@ -51,7 +53,7 @@ class Transformer(Spec):
             model = self.build()
         materialize(model, torch.device(device))
         starts = {name: factors.start for name, factors in self.width_factors().items()}
-        initialize(model, self.init, len(self.blocks), seed, starts)
+        initialize(model, self.init, len(self.layers), seed, starts)
         return model
 
     def width_factors(self) -> dict[str, Factors]:
@@ -64,7 +66,7 @@ class Transformer(Spec):
             return width_factors(self.build(), base)
 
 
-class LossParts(NamedTuple):
+class LossOutput(NamedTuple):
     """Loss of one micro-batch, in parts that add up over micro-batches and ranks."""
 
     loss_sum: Tensor
@@ -89,20 +91,20 @@ ROUTER_MEASURES = ("balance", "z", "entropy", "drop_rate")
 
 
 class TransformerModel(nn.Module):
-    """See `Transformer`."""
+    """The module of `Transformer`: embedding, position, layers, norm and head."""
 
     def __init__(self, spec: Transformer):
         super().__init__()
         self.spec = spec
-        self.embedding = spec.embedding.build(spec.vocab, spec.dim)
-        self.position = spec.position.build(spec.dim, spec.context)
-        self.blocks = nn.ModuleList()
-        for i, block in enumerate(spec.blocks):
-            with at(f"blocks[{i}]"):
-                self.blocks.append(block.build(spec.dim, spec.norm, spec.position))
+        self.embedding = spec.embedding.build(spec.vocab_size, spec.dim)
+        self.position = spec.position.build(spec.dim, spec.max_seq_len)
+        self.layers = nn.ModuleList()
+        for i, block in enumerate(spec.layers):
+            with at(f"layers[{i}]"):
+                self.layers.append(block.build(spec.dim, spec.norm, spec.position))
         self.norm = spec.norm.build(spec.dim)
         with at("head"):
-            self.head = spec.head.build(spec.vocab, spec.dim, self.embedding)
+            self.head = spec.head.build(spec.vocab_size, spec.dim, self.embedding)
 
     def forward(
         self,
@@ -110,33 +112,35 @@ class TransformerModel(nn.Module):
         targets_BT: Tensor | None = None,
         documents_BT: Tensor | None = None,
         cache: "Cache | None" = None,
-        sight: Sight | None = None,
-    ) -> Tensor | LossParts:
-        """tokens_BT int64 -> logits_BTV; with targets_BT int64 (IGNORE_INDEX: not scored) -> LossParts, see `Loss`.
+        metadata: AttentionMetadata | None = None,
+    ) -> Tensor | LossOutput:
+        """tokens_BT int64 -> logits_BTV; with targets_BT int64 (IGNORE_INDEX: not scored) -> LossOutput, see `Loss`.
 
         `documents_BT` numbers the documents of packed sequences: a token sees its own document only, and positions
         begin anew in each. With a `cache` the tokens follow those that it holds, and join them. Where they are only
-        some of the tokens of their sequences, `sight` tells which, instead of `documents_BT`.
+        some of the tokens of their sequences, `metadata` tells which, instead of `documents_BT`.
         """
-        if sight is None:
-            sight = cache.advance(tokens_BT, documents_BT) if cache else make_sight(tokens_BT, documents_BT)
-        longest = sight.positions_BS.shape[1]
-        if longest > self.spec.context:
-            raise ValueError(f"{longest} tokens are more than the model's context ({self.spec.context})")
-        x_BTD = self.position(self.embedding(tokens_BT), sight.positions_BT)
-        told: list[Extras] = []
-        for i, block in enumerate(self.blocks):
-            x_BTD, extras = block(x_BTD, sight, cache.layers[i] if cache else None)
+        if metadata is None:
+            metadata = (
+                cache.advance(tokens_BT, documents_BT) if cache else make_attention_metadata(tokens_BT, documents_BT)
+            )
+        longest = metadata.positions_BS.shape[1]
+        if longest > self.spec.max_seq_len:
+            raise ValueError(f"{longest} tokens are more than the model's context ({self.spec.max_seq_len})")
+        x_BTD = self.position(self.embedding(tokens_BT), metadata.positions_BT)
+        told: list[AuxOutputs] = []
+        for i, block in enumerate(self.layers):
+            x_BTD, extras = block(x_BTD, metadata, cache.layers[i] if cache else None)
             told.append(extras)
         x_BTD = self.norm(x_BTD)
         if targets_BT is None:
             return self.head(x_BTD)
-        return loss_parts(self.spec.loss.score(self.head, x_BTD, targets_BT, self.spec.vocab), told)
+        return loss_output(self.spec.loss.score(self.head, x_BTD, targets_BT, self.spec.vocab_size), told)
 
     def new_cache(self, batch: int, capacity: int | None = None) -> "Cache":
         """An empty cache for generation: `batch` sequences of up to `capacity` (None: the context) tokens."""
-        capacity = min(capacity or self.spec.context, self.spec.context)
-        return Cache([block.new_cache(batch, capacity) for block in self.blocks])  # type: ignore[operator]
+        capacity = min(capacity or self.spec.max_seq_len, self.spec.max_seq_len)
+        return Cache([block.new_cache(batch, capacity) for block in self.layers])  # type: ignore[operator]
 
 
 class Cache:
@@ -147,22 +151,22 @@ class Cache:
         self.documents_BS: Tensor | None = None
         self.length = 0
 
-    def advance(self, tokens_BT: Tensor, documents_BT: Tensor | None) -> Sight:
+    def advance(self, tokens_BT: Tensor, documents_BT: Tensor | None) -> AttentionMetadata:
         """Take T more tokens; returns what they see. `documents_BT` None: all belong to the first document, 0."""
         B, T = tokens_BT.shape
         new = tokens_BT.new_zeros(B, T) if documents_BT is None else documents_BT
         self.documents_BS = new if self.documents_BS is None else torch.cat([self.documents_BS, new], 1)
         index_T = torch.arange(self.length, self.length + T, device=tokens_BT.device)
         self.length += T
-        return Sight(index_T, positions_in_documents(self.documents_BS), self.documents_BS)
+        return AttentionMetadata(index_T, positions_in_documents(self.documents_BS), self.documents_BS)
 
 
-def make_sight(tokens_BT: Tensor, documents_BT: Tensor | None) -> Sight:
+def make_attention_metadata(tokens_BT: Tensor, documents_BT: Tensor | None) -> AttentionMetadata:
     """What tokens see that nothing went before."""
     index_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
     if documents_BT is None:
-        return Sight(index_T, index_T[None])
-    return Sight(index_T, positions_in_documents(documents_BT), documents_BT)
+        return AttentionMetadata(index_T, index_T[None])
+    return AttentionMetadata(index_T, positions_in_documents(documents_BT), documents_BT)
 
 
 def positions_in_documents(documents_BS: Tensor) -> Tensor:
@@ -173,14 +177,14 @@ def positions_in_documents(documents_BS: Tensor) -> Tensor:
     return index_S - (index_S * begins_BS).cummax(1).values
 
 
-def loss_parts(scores: Scores, told: list[Extras]) -> LossParts:
+def loss_output(scores: Scores, told: list[AuxOutputs]) -> LossOutput:
     """What the predictions cost, and what the layers told."""
     auxiliary = [extras[key].float() for extras in told for key in extras if key.endswith("_loss")]
     mixtures = [extras for extras in told if "expert_load" in extras]
     loads = [extras["expert_load"] for extras in mixtures]
     measures = [torch.stack([extras[name].float() for name in ROUTER_MEASURES]) for extras in mixtures]
     zero = scores.z_loss.new_zeros(())
-    return LossParts(
+    return LossOutput(
         scores.loss,
         scores.z_loss,
         torch.stack(auxiliary).sum() if auxiliary else zero,

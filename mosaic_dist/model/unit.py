@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from mosaic_dist.model.linear import GroupedLinear, Linear, Matrix
+from mosaic_dist.model.linear import GroupedLinear, Linear, LinearKind
 
 SMALLEST_LENGTH = 1e-6
 """Shorter vectors are divided by this instead, so that a vector of zeros stays zero, with a finite gradient."""
@@ -44,7 +44,7 @@ class Scale(nn.Module):
         return self.weight * self.factor
 
 
-class UnitMatrix(Matrix, type="unit"):
+class UnitLinearKind(LinearKind, type="unit"):
     """Every vector of the weights that lies along the model's width has length one.
 
     Those are an output's weights, or where the layer writes into the residual stream (`residual`) an input's. Other
@@ -56,18 +56,18 @@ class UnitMatrix(Matrix, type="unit"):
     scaled: bool = True
 
     def build(self, inputs: int, outputs: int, *, bias: bool = False, residual: bool = False) -> Linear:
-        """See `UnitLinear`."""
+        """A linear layer with weights of length one: weight [outputs, inputs]."""
         return UnitLinear(inputs, outputs, bias=bias, residual=residual, scaled=self.scaled)
 
     def build_stack(
         self, experts: int, inputs: int, outputs: int, *, bias: bool = False, residual: bool = False
     ) -> GroupedLinear:
-        """See `UnitGroupedLinear`."""
+        """One such matrix per expert: weight [experts, inputs, outputs]."""
         return UnitGroupedLinear(experts, inputs, outputs, bias=bias, residual=residual, scaled=self.scaled)
 
 
 class UnitLinear(Linear):
-    """See `UnitMatrix`. scale [outputs], absent from residual layers."""
+    """Linear layer of `UnitLinearKind`. scale [outputs], absent from residual layers."""
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool, residual: bool, scaled: bool):
         super().__init__(inputs, outputs, bias=bias, residual=residual)
@@ -75,7 +75,7 @@ class UnitLinear(Linear):
         self.starts = {"scale": 1.0}
         self.scale = nn.Parameter(torch.empty(outputs)) if scaled and not residual else None
 
-    def effective_weight(self) -> Tensor:
+    def transform_weight(self) -> Tensor:
         """What the product sees, [outputs, inputs]."""
         if self.residual:
             return unit(self.weight, 0)
@@ -84,7 +84,7 @@ class UnitLinear(Linear):
 
 
 class UnitGroupedLinear(GroupedLinear):
-    """See `UnitMatrix`. scale [e, outputs], absent from residual layers."""
+    """Stacked layer of `UnitLinearKind`. scale [e, outputs], absent from residual layers."""
 
     def __init__(self, experts: int, inputs: int, outputs: int, *, bias: bool, residual: bool, scaled: bool):
         super().__init__(experts, inputs, outputs, bias=bias, residual=residual)
@@ -93,11 +93,11 @@ class UnitGroupedLinear(GroupedLinear):
         self.scale = nn.Parameter(torch.empty(experts, outputs)) if scaled and not residual else None
 
     def keep_experts(self, first: int, count: int) -> None:
-        """See `GroupedLinear.keep_experts`."""
+        """Drop the weights and scales of all but `count` experts, beginning with `first`."""
         super().keep_experts(first, count)
         self.scale = None if self.scale is None else nn.Parameter(self.scale[:count])
 
-    def effective_weight(self) -> Tensor:
+    def transform_weight(self) -> Tensor:
         """What the products see, [e, inputs, outputs]."""
         if self.residual:
             return unit(self.weight, 2)

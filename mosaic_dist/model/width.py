@@ -28,10 +28,10 @@ from mosaic_dist.spec import Positive, SpecError
 class MuP(Init, type="mup"):
     """Starts and learning rates for the widths of the model, from `std` and a learning rate tuned on a narrower one.
 
-    `base` are the widths of that model by their paths in this one: {dim: 128, blocks.ffn.width: 384}. What grows with
-    the width (heads or their width, latents, the experts' width) is named there too; everything else is the same in
-    both: depth, vocabulary, number of experts. Learning rate, warm-up, betas, clipping and weight decay carry over, the
-    last as learning_rate * weight_decay, which is then the same for all parameters (independent decay).
+    `base` are the widths of that model by their paths in this one: {dim: 128, layers.ffn.hidden_dim: 384}. What grows
+    with the width (heads or their width, latents, the experts' width) is named there too; everything else is the same
+    in both: depth, vocabulary, number of experts. Learning rate, warm-up, betas, clipping and weight decay carry over,
+    the last as learning_rate * weight_decay, which is then the same for all parameters (independent decay).
     """
 
     base: dict[str, Positive]
@@ -140,10 +140,10 @@ def _carriers(model: nn.Module, base: nn.Module) -> Iterator[tuple[str, float]]:
             factor = like.weight.shape[1] / module.weight.shape[1]
         elif isinstance(module, MultiHeadAttention) and isinstance(like, MultiHeadAttention):
             feeding = f"{place}.query_norm" if module.spec.qk_norm else f"{place}.query"
-            factor = math.sqrt(like.head_width / module.head_width)
+            factor = math.sqrt(like.head_dim / module.head_dim)
         elif isinstance(module, LatentAttention) and isinstance(like, LatentAttention):
             feeding = f"{place}.query"
-            factor = math.sqrt((like.head_width + like.rope_width) / (module.head_width + module.rope_width))
+            factor = math.sqrt((like.head_dim + like.rope_head_dim) / (module.head_dim + module.rope_head_dim))
         else:
             continue
         yield from ((f"{feeding}.{key}", factor) for key in ("weight", "bias"))

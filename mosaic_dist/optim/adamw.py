@@ -7,15 +7,17 @@ import torch
 from torch import nn
 
 from mosaic_dist.optim.groups import NO_RATES, Rates, parameter_groups, split_rates
-from mosaic_dist.spec import Fraction, NonNegativeFloat, PositiveFloat, Spec
+from mosaic_dist.spec import NonNegativeFloat, PositiveFloat, Spec, UnitInterval
 
 
 class Optimizer(Spec):
-    """Family of optimizers. `learning_rate` is the peak; the schedule scales it. `clip_norm` 0 turns clipping off."""
+    """Family of optimizers. `learning_rate` is the peak; the schedule scales it. `max_grad_norm` 0 turns clipping
+    off.
+    """
 
     learning_rate: PositiveFloat
     weight_decay: NonNegativeFloat = 0.1
-    clip_norm: NonNegativeFloat = 1.0
+    max_grad_norm: NonNegativeFloat = 1.0
 
     def groups(self, model: nn.Module, rates: Mapping[str, Rates] = NO_RATES) -> list[dict[str, Any]]:
         """The groups of a model's parameters that `build` wants; `rates` by parameter name.
@@ -32,8 +34,8 @@ class Optimizer(Spec):
 class AdamW(Optimizer, type="adamw"):
     """Adam with decoupled weight decay, in PyTorch's fused form."""
 
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.95
+    beta1: UnitInterval = 0.9
+    beta2: UnitInterval = 0.95
     eps: PositiveFloat = 1e-8
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mosaic_dist.optim.adamw import AdamW
 from mosaic_dist.optim.groups import NO_RATES, Rates, parameter_groups, split_matrices, split_rates
-from mosaic_dist.spec import Fraction
+from mosaic_dist.spec import UnitInterval
 
 MOMENTUM = "momentum_buffer"
 """Name of Muon's state, a number per element where AdamW has two."""
@@ -43,15 +43,15 @@ class Muon(AdamW, type="muon"):
     `momentum` is Nesterov's.
     """
 
-    momentum: Fraction = 0.95
+    momentum: UnitInterval = 0.95
 
     def groups(self, model: nn.Module, rates: Mapping[str, Rates] = NO_RATES) -> list[dict[str, Any]]:
         """As AdamW's, and a group `matrices` that is told by `by_muon`."""
-        groups = split_matrices(parameter_groups(model, self.weight_decay), model.get_submodule("blocks"))
+        groups = split_matrices(parameter_groups(model, self.weight_decay), model.get_submodule("layers"))
         return split_rates(groups, model, rates)
 
     def build(self, groups: list[dict[str, Any]]) -> "MuonAdamW":
-        """See `MuonAdamW`."""
+        """Muon for the groups marked as matrices, AdamW for the rest, in one optimizer."""
         return MuonAdamW(
             groups, lr=self.learning_rate, betas=(self.beta1, self.beta2), eps=self.eps, momentum=self.momentum
         )

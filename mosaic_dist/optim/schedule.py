@@ -3,7 +3,7 @@
 import math
 from typing import Literal
 
-from mosaic_dist.spec import Fraction, NonNegative, Spec
+from mosaic_dist.spec import NonNegative, Spec, UnitInterval
 
 
 class Schedule(Spec):
@@ -28,14 +28,14 @@ def share_done(step: int, begin: float, end: int) -> float:
 
 
 class Cosine(Schedule, type="cosine"):
-    """Half a cosine from 1 down to `final_fraction` (Loshchilov and Hutter, arXiv 1608.03983, without restarts)."""
+    """Half a cosine from 1 down to `min_lr_ratio` (Loshchilov and Hutter, arXiv 1608.03983, without restarts)."""
 
-    final_fraction: Fraction = 0.1
+    min_lr_ratio: UnitInterval = 0.1
 
     def after_warmup(self, step: int, steps: int) -> float:
-        """See the class."""
+        """Factor on the peak learning rate for the 0-based update `step`."""
         done = share_done(step, self.warmup_steps, steps)
-        return self.final_fraction + (1 - self.final_fraction) * 0.5 * (1 + math.cos(math.pi * done))
+        return self.min_lr_ratio + (1 - self.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 class Constant(Schedule, type="constant"):
@@ -46,14 +46,14 @@ class Constant(Schedule, type="constant"):
         return 1.0
 
 
-class Linear(Schedule, type="linear"):
-    """A straight line from 1 down to `final_fraction`; to 0 it is what Defazio et al. advise (arXiv 2310.07831)."""
+class LinearSchedule(Schedule, type="linear"):
+    """A straight line from 1 down to `min_lr_ratio`; to 0 it is what Defazio et al. advise (arXiv 2310.07831)."""
 
-    final_fraction: Fraction = 0.0
+    min_lr_ratio: UnitInterval = 0.0
 
     def after_warmup(self, step: int, steps: int) -> float:
-        """See the class."""
-        return 1 - (1 - self.final_fraction) * share_done(step, self.warmup_steps, steps)
+        """Factor on the peak learning rate for the 0-based update `step`."""
+        return 1 - (1 - self.min_lr_ratio) * share_done(step, self.warmup_steps, steps)
 
 
 class WSD(Schedule, type="wsd"):
@@ -64,24 +64,24 @@ class WSD(Schedule, type="wsd"):
     Where warm-up and decay overlap, the decay begins after the warm-up.
     """
 
-    decay_fraction: Fraction = 0.2
+    decay_fraction: UnitInterval = 0.2
     shape: Literal["linear", "1-sqrt"] = "1-sqrt"
-    final_fraction: Fraction = 0.0
+    min_lr_ratio: UnitInterval = 0.0
 
     def after_warmup(self, step: int, steps: int) -> float:
-        """See the class."""
+        """Factor on the peak learning rate for the 0-based update `step`."""
         done = share_done(step, max(self.warmup_steps, steps * (1 - self.decay_fraction)), steps)
         gone = done if self.shape == "linear" else math.sqrt(done)
-        return 1 - (1 - self.final_fraction) * gone
+        return 1 - (1 - self.min_lr_ratio) * gone
 
 
 class Exponential(Schedule, type="exponential"):
     """From `first_fraction` up to 1, by the same factor at each step: the range test of Smith (arXiv 1506.01186)."""
 
-    first_fraction: Fraction = 1e-6
+    first_fraction: UnitInterval = 1e-6
 
     def after_warmup(self, step: int, steps: int) -> float:
-        """See the class."""
+        """Factor on the peak learning rate for the 0-based update `step`."""
         return self.first_fraction ** (1 - share_done(step, self.warmup_steps, steps - 1))
 
 
@@ -92,5 +92,5 @@ class InverseSquareRoot(Schedule, type="inverse_sqrt"):
     """
 
     def after_warmup(self, step: int, steps: int) -> float:
-        """See the class."""
+        """Factor on the peak learning rate for the 0-based update `step`."""
         return math.sqrt((self.warmup_steps + 1) / (step + 1))

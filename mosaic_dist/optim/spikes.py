@@ -17,7 +17,7 @@ class Spikes(Spec):
     A loss (of the global batch) is a spike where it exceeds the median of the last `window_steps` losses that were
     learnt from by more than `deviations` standard deviations. These are estimated by the median absolute deviation,
     which a few high losses cannot stretch. Nothing is judged before so many steps, and a loss that is not finite never:
-    that is what `nonfinite` of the run is for.
+    that is what `on_nonfinite_loss` of the run is for.
 
     "skip" leaves the update out. "rewind" goes back to the newest checkpoint besides, and on with the data that follow
     the spike, as PaLM did (arXiv 2204.02311, section 5.1); before the first checkpoint it skips. After `limit` spikes

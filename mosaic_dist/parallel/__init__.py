@@ -13,13 +13,13 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns at every import that it chose so
 
-from mosaic_dist.parallel.board import Board, is_first_to_fail, some_rank_failed
 from mosaic_dist.parallel.deepspeed_config import Precision, fill_config, read_config, resolve_precision, zero_stage
+from mosaic_dist.parallel.heartbeat_store import HeartbeatStore, is_first_to_fail, some_rank_failed
 from mosaic_dist.parallel.spec import Parallel
 
 if TYPE_CHECKING:
+    from mosaic_dist.parallel.dispatcher import choose_degree, expert_counts, place_experts
     from mosaic_dist.parallel.engine import Engine, StepResult
-    from mosaic_dist.parallel.exchange import choose_degree, expert_counts, place_experts
     from mosaic_dist.parallel.sequence import Sequences, check_sequence_parallel, place_sequences
     from mosaic_dist.parallel.world import (
         World,
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
-    "Board",
     "Engine",
+    "HeartbeatStore",
     "Parallel",
     "Precision",
     "Sequences",
@@ -60,7 +60,7 @@ __all__ = [
     "zero_stage",
 ]
 
-_WITH_DEEPSPEED = ("world", "exchange", "sequence", "engine")
+_WITH_DEEPSPEED = ("world", "dispatcher", "sequence", "engine")
 
 
 def __getattr__(name: str) -> Any:

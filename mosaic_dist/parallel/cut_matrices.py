@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mosaic_dist.optim.muon import Step, iteration_dtype, orthogonalize_all, step_scale
-from mosaic_dist.parallel.partition import Cut, Partitioned
+from mosaic_dist.parallel.partition import Partition, Partitioned
 
 
 class CutMatrices:
@@ -73,7 +73,9 @@ class FlatMatrices:
                 self.there[rank].append(place)
 
     def steps(self, flat: Tensor, update: Tensor) -> Iterator[Step]:
-        """See `CutMatrices.__call__`; the update is already where and what it is worked on."""
+        """The orthogonal steps of this rank's slices, from its `update`, which is where and in the dtype that it is
+        worked on.
+        """
         arrived = self._swap(update, [[update[place] for place in places] for places in self.here], self.there)
         coming = [iter(pieces) for pieces in arrived]
         whole = [join([next(coming[rank]) for rank in m.places]).view(m.rows, m.columns) for m in self.mine]
@@ -115,7 +117,7 @@ def join(pieces: list[Tensor]) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-def matrices_of(cut: Cut) -> Iterator[Matrix]:
+def matrices_of(cut: Partition) -> Iterator[Matrix]:
     """The matrices of a parameter [rows, columns] or [matrices, rows, columns]."""
     *stack, rows, columns = cut.shape
     for i in range(stack[0] if stack else 1):

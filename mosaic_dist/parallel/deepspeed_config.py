@@ -114,17 +114,17 @@ def fill_config(
     config: dict[str, Any],
     *,
     precision: Literal["fp32", "bf16", "fp16"],
-    micro_batch: int,
+    micro_batch_size: int,
     accumulation: int,
     world_size: int,
-    clip_norm: float,
+    max_grad_norm: float,
 ) -> dict[str, Any]:
     """The config that DeepSpeed gets: the file's own keys, the run's values, and the defaults that must not drift."""
     run_values = {
-        "train_micro_batch_size_per_gpu": micro_batch,
+        "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation,
-        "train_batch_size": micro_batch * accumulation * world_size,
-        "gradient_clipping": clip_norm,
+        "train_batch_size": micro_batch_size * accumulation * world_size,
+        "gradient_clipping": max_grad_norm,
     }
     for key, value in run_values.items():
         if config.get(key, "auto") not in ("auto", value):

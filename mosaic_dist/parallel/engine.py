@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from mosaic_dist.model import (
     Experts,
-    LossParts,
+    LossOutput,
     MixtureOfExperts,
     Transformer,
-    apply_recompute,
-    compile_blocks,
+    apply_activation_checkpointing,
+    compile_layers,
     initialize,
     materialize,
 )
@@ -24,7 +24,7 @@ from mosaic_dist.model.block import BlockModule
 from mosaic_dist.optim import Optimizer
 from mosaic_dist.optim.muon import MuonAdamW
 from mosaic_dist.parallel.cut_matrices import CutMatrices
-from mosaic_dist.parallel.exchange import place_experts
+from mosaic_dist.parallel.dispatcher import place_experts
 from mosaic_dist.parallel.loss_scale import restore_scale, scale_state
 from mosaic_dist.parallel.partition import drop_summed_gradients, partitioned_parameters, zero_optimizer_in_bfloat16
 from mosaic_dist.parallel.sequence import join_sequences, place_sequences
@@ -88,28 +88,28 @@ class Engine:
         self.mixtures = [layer for layer in model.modules() if isinstance(layer, MixtureOfExperts)]
         for layer in self.mixtures:
             layer.chunks = parallel.expert_chunks
-        if parallel.compile_blocks:
+        if parallel.compile:
             # what ZeRO-3 does around a module has no place inside of compiled code, so it is to gather whole blocks
             deepspeed.utils.set_z3_leaf_modules(model, [BlockModule])
-            compile_blocks(model, parallel.recompute, world.device)
+            compile_layers(model, parallel.activation_checkpointing, world.device)
         elif self.mixtures:
             # their layers are used together, so ZeRO-3 is to gather them together; and it takes gradients for complete
             # after the first backward pass of what it gathers, which with chunks must be the whole mixture
             deepspeed.utils.set_z3_leaf_modules(model, [Experts if parallel.expert_chunks == 1 else MixtureOfExperts])
-        apply_recompute(model, parallel.recompute)
+        apply_activation_checkpointing(model, parallel.activation_checkpointing)
         materialize(model, torch.device("cpu"))
         factors = spec.width_factors()
         if fill is None:
-            initialize(model, spec.init, len(spec.blocks), seed, {name: each.start for name, each in factors.items()})
+            initialize(model, spec.init, len(spec.layers), seed, {name: each.start for name, each in factors.items()})
         else:
             fill(model)
         self.world, self.degree = world, degree
         self.zero_stage: int = config["zero_optimization"]["stage"]
-        self.micro_batch: int = config["train_micro_batch_size_per_gpu"]
+        self.micro_batch_size: int = config["train_micro_batch_size_per_gpu"]
         self.accumulation: int = config["gradient_accumulation_steps"]
         """Micro-batches of the last step."""
-        self.clip_norm = optimizer.clip_norm
-        self.is_compiled = parallel.compile_blocks
+        self.max_grad_norm = optimizer.max_grad_norm
+        self.is_compiled = parallel.compile
         self.loss_is_scaled: bool = config["fp16"]["enabled"]
         self.before_update: Callable[[], None] = lambda: None
         """Called before weights, optimizer states or buffers change."""
@@ -154,12 +154,12 @@ class Engine:
         dist.all_reduce(scored)
         # DeepSpeed averages over micro-batches and ranks, so the sum over tokens is scaled up by their number
         scale = self.accumulation * self.world.size / scored.clamp(min=1)
-        parts: list[LossParts] = []
+        parts: list[LossOutput] = []
         rejected = torch.tensor(False)
         whole = (inputs_BT, targets_BT) if documents_BT is None else (inputs_BT, targets_BT, documents_BT)
-        for micro_batch in zip(*(tensor.chunk(self.accumulation) for tensor in whole), strict=True):
-            part = self._forward(*(tensor.to(device, non_blocking=True) for tensor in micro_batch))
-            parts.append(LossParts(*(value.detach() for value in part)))
+        for micro_batch_size in zip(*(tensor.chunk(self.accumulation) for tensor in whole), strict=True):
+            part = self._forward(*(tensor.to(device, non_blocking=True) for tensor in micro_batch_size))
+            parts.append(LossOutput(*(value.detach() for value in part)))
             loss = part.cross_entropy_sum * scale + part.auxiliary
             if len(parts) == self.accumulation and loss_limit < math.inf:
                 rejected = self._exceeds(loss_limit, parts, scored)
@@ -177,7 +177,7 @@ class Engine:
             layer.end_step(None if skipped else load_E[: layer.spec.experts])
         return result
 
-    def _exceeds(self, limit: float, parts: list[LossParts], scored: Tensor) -> Tensor:
+    def _exceeds(self, limit: float, parts: list[LossOutput], scored: Tensor) -> Tensor:
         """Whether the loss of the global batch is above a limit and finite, bool scalar. Every rank must call."""
         cross_entropy = torch.stack([part.cross_entropy_sum for part in parts]).double().sum()
         dist.all_reduce(cross_entropy)
@@ -186,10 +186,12 @@ class Engine:
 
     def _accumulate(self, sequences: int) -> None:
         """Let the next update come behind so many sequences of this rank."""
-        assert sequences % self.micro_batch == 0, f"{sequences} sequences are no micro-batches of {self.micro_batch}"
-        if sequences == self.accumulation * self.micro_batch:
+        assert sequences % self.micro_batch_size == 0, (
+            f"{sequences} sequences are no micro-batches of {self.micro_batch_size}"
+        )
+        if sequences == self.accumulation * self.micro_batch_size:
             return
-        self.accumulation = sequences // self.micro_batch
+        self.accumulation = sequences // self.micro_batch_size
         self.deepspeed.set_train_batch_size(sequences * self.world.size)
         # DeepSpeed updates where its count of all micro-batches divides by those of a step, whatever they were before
         self.deepspeed.micro_steps = self.deepspeed.global_steps * self.accumulation
@@ -198,7 +200,7 @@ class Engine:
         """What the model gives for this rank's tokens of the sequences."""
         cut = self.sequences.cut
         targets_BT = None if targets_BT is None else cut(targets_BT)
-        return self.deepspeed(cut(inputs_BT), targets_BT, sight=self.sequences.sight(inputs_BT, documents_BT))
+        return self.deepspeed(cut(inputs_BT), targets_BT, metadata=self.sequences.metadata(inputs_BT, documents_BT))
 
     def _update(self, learning_rate: float) -> tuple[float, bool]:
         """Clip and update. Returns the gradient norm and whether the update was skipped."""
@@ -240,15 +242,15 @@ class Engine:
             dist.all_reduce(squares[False])
             squares[False] /= self.world.size // self.degree  # each expert is held by that many ranks
         norm = (squares[True] + squares[False]).sqrt()
-        if self.clip_norm:
-            factor = self.clip_norm / (norm + 1e-6)
+        if self.max_grad_norm:
+            factor = self.max_grad_norm / (norm + 1e-6)
             for gradient, _ in gradients:
                 gradient.mul_(factor.clamp(max=1.0))
         return norm.item()
 
     def _summarize(
         self,
-        parts: list[LossParts],
+        parts: list[LossOutput],
         scored: Tensor,
         grad_norm: float,
         skipped: bool,

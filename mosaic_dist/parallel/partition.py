@@ -9,7 +9,7 @@ from deepspeed.runtime.engine import BFLOAT16, ZERO_OPTIMIZATION, DeepSpeedEngin
 from torch import Tensor, nn
 
 
-class Part(NamedTuple):
+class FlatSlice(NamedTuple):
     """Elements [start, start + length) of a flattened parameter begin at `offset` of a rank's flat tensor."""
 
     start: int
@@ -17,7 +17,7 @@ class Part(NamedTuple):
     offset: int
 
 
-class Cut(NamedTuple):
+class Partition(NamedTuple):
     """A flattened parameter in something longer that is cut over the ranks of a group, `share` elements to each."""
 
     shape: tuple[int, ...]
@@ -28,13 +28,13 @@ class Cut(NamedTuple):
     flat_before: int
     """Elements of each flat tensor before its share."""
 
-    def part(self, rank: int) -> Part | None:
+    def part(self, rank: int) -> FlatSlice | None:
         """What a rank of the group holds of the parameter, if anything."""
         low = rank * self.share
         begin, end = max(low, self.before), min(low + self.share, self.before + math.prod(self.shape))
         if begin >= end:
             return None
-        return Part(begin - self.before, end - begin, self.flat_before + begin - low)
+        return FlatSlice(begin - self.before, end - begin, self.flat_before + begin - low)
 
     def ranks_of(self, start: int, stop: int) -> range:
         """The ranks of the group that hold elements [start, stop) of the parameter."""
@@ -49,7 +49,7 @@ class Partitioned(NamedTuple):
     """This rank's float32 tensor, which is what the optimizer updates. The parameter lies alike in those of others."""
     group: Any
     """The ranks that hold the parameter together."""
-    cut: Cut
+    cut: Partition
 
 
 @contextlib.contextmanager
@@ -91,7 +91,7 @@ def _of_flat_groups(zero: Any) -> Iterator[Partitioned]:
     for i, flat in enumerate(zero.single_partition_of_fp32_groups):
         group, share = zero.real_dp_process_group[i], zero.partition_size[i]
         for parameter, before in zip(zero.round_robin_bit16_groups[i], zero.round_robin_bit16_offsets[i], strict=True):
-            yield Partitioned(parameter, flat, group, Cut(tuple(parameter.shape), share, before, 0))
+            yield Partitioned(parameter, flat, group, Partition(tuple(parameter.shape), share, before, 0))
 
 
 def _of_pieces(zero: Any) -> Iterator[Partitioned]:
@@ -99,5 +99,5 @@ def _of_pieces(zero: Any) -> Iterator[Partitioned]:
     for sub_group in zero.fp16_groups:
         for parameter in sub_group:
             index, flat_before, _ = zero.grad_position[zero.get_param_id(parameter)]
-            cut = Cut(tuple(parameter.ds_shape), parameter.ds_tensor.ds_numel, 0, flat_before)
+            cut = Partition(tuple(parameter.ds_shape), parameter.ds_tensor.ds_numel, 0, flat_before)
             yield Partitioned(parameter, zero.fp32_partitioned_groups_flat[index], parameter.ds_process_group, cut)

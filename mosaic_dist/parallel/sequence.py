@@ -19,22 +19,22 @@ from torch import Tensor, nn
 from mosaic_dist.errors import UserError
 from mosaic_dist.model import (
     Attention,
+    AttentionMetadata,
     AttentionModule,
     MixtureOfExperts,
     Score,
-    Sight,
     Transformer,
-    make_sight,
+    make_attention_metadata,
 )
 from mosaic_dist.parallel.spec import Parallel
 from mosaic_dist.parallel.world import World, check_groups, divisors
 
 
 @dataclass
-class PartSight(Sight):
+class PartSight(AttentionMetadata):
     """What a part of the tokens of sequences sees, and beside it what all of them see, the same for all layers."""
 
-    whole: Sight | None = None
+    whole: AttentionMetadata | None = None
 
 
 class Sequences:
@@ -50,9 +50,9 @@ class Sequences:
         assert x_BT.shape[1] % self.degree == 0, f"{x_BT.shape[1]} tokens do not divide by {self.degree} ranks"
         return x_BT.chunk(self.degree, 1)[self.place]
 
-    def sight(self, inputs_BT: Tensor, documents_BT: Tensor | None) -> Sight:
+    def metadata(self, inputs_BT: Tensor, documents_BT: Tensor | None) -> AttentionMetadata:
         """What these tokens see."""
-        whole = make_sight(inputs_BT, documents_BT)
+        whole = make_attention_metadata(inputs_BT, documents_BT)
         if self.degree == 1:
             return whole
         mine_T = whole.index_T.chunk(self.degree)[self.place]
@@ -81,12 +81,14 @@ class HeadExchange:
         self.degree, self.place, self.group = sequences.degree, sequences.place, sequences.group
 
     def __call__(
-        self, score: Score, q_BTNH: Tensor, k_BTGH: Tensor, v_BTGU: Tensor, sight: Sight, index_T: Tensor
+        self, score: Score, q_BTNH: Tensor, k_BTGH: Tensor, v_BTGU: Tensor, metadata: AttentionMetadata, index_T: Tensor
     ) -> Tensor:
-        """See `LocalHeads.__call__`. Every rank of the group must call, with as many tokens."""
-        assert isinstance(sight, PartSight), "generation has its sequences on one rank"
-        assert sight.whole is not None
-        whole = sight.whole
+        """Exchange parts of the sequence for heads, attend, and exchange back. Every rank of the group must call, with
+        as many tokens.
+        """
+        assert isinstance(metadata, PartSight), "generation has its sequences on one rank"
+        assert metadata.whole is not None
+        whole = metadata.whole
         mine = q_BTNH.shape[2] // self.degree
         heads = slice(self.place * mine, (self.place + 1) * mine)
         q_BSnH, k_BSgH, v_BSgU = self._to_heads(q_BTNH, k_BTGH, v_BTGU)
@@ -141,7 +143,7 @@ def place_sequences(model: nn.Module, sequences: Sequences) -> None:
         if isinstance(layer, AttentionModule):
             layer.exchange = HeadExchange(sequences)
         elif isinstance(layer, MixtureOfExperts):
-            layer.exchange.sequence_group = sequences.group
+            layer.dispatcher.sequence_group = sequences.group
 
 
 def check_sequence_parallel(model: Transformer, degree: int, seq_len: int, world_size: int, local_size: int) -> None:
@@ -154,18 +156,18 @@ def check_sequence_parallel(model: Transformer, degree: int, seq_len: int, world
             f"sequences of {seq_len} tokens do not divide by sequence_parallel ({degree}); change data.seq_len, or use "
             f"{divisors(seq_len, at_most=world_size)}"
         )
-    for i, block in enumerate(model.blocks):
+    for i, block in enumerate(model.layers):
         if not can_share(block.attention, degree):
             fitting = [n for n in range(1, world_size + 1) if can_share(block.attention, n)]
             raise UserError(
-                f"model.blocks[{i}].attention ({block.attention.type_name!r}) cannot be shared by sequence_parallel "
+                f"model.layers[{i}].attention ({block.attention.type_name!r}) cannot be shared by sequence_parallel "
                 f"({degree}) ranks: that must divide its heads, and divide its key-value heads or be a multiple of "
                 f"them; use {', '.join(map(str, fitting))}"
             )
         capacity_factor = getattr(block.ffn, "capacity_factor", None)
         if capacity_factor is not None:
             raise UserError(
-                f"model.blocks[{i}].ffn.capacity_factor is {capacity_factor}, but with sequence_parallel ({degree}) a "
+                f"model.layers[{i}].ffn.capacity_factor is {capacity_factor}, but with sequence_parallel ({degree}) a "
                 "rank has only a part of the tokens among which choices would be dropped; use null, or 1 rank"
             )
 

@@ -30,7 +30,7 @@ def buffers(engine: Engine) -> dict[str, Tensor]:
     return found
 
 
-class Shard(NamedTuple):
+class LocalShard(NamedTuple):
     """Elements [start, start + length) of the flattened global tensor `name` are `flat[offset : offset + length]`."""
 
     name: str
@@ -68,24 +68,24 @@ def global_tensors(engine: Engine) -> dict[torch.nn.Parameter, GlobalTensor]:
     return found
 
 
-def shards(engine: Engine) -> Iterator[Shard]:
+def shards(engine: Engine) -> Iterator[LocalShard]:
     """The stretches of parameters whose float32 values and optimizer states this rank holds."""
     return _partitioned(engine) if engine.zero_stage else _replicated(engine)
 
 
-def _replicated(engine: Engine) -> Iterator[Shard]:
+def _replicated(engine: Engine) -> Iterator[LocalShard]:
     """ZeRO 0: whole parameters, the same on all ranks of their group; the group's first rank writes."""
     for parameter, tensor in global_tensors(engine).items():
         group = None
         if not getattr(parameter, "allreduce", True):
             group = groups._get_expert_data_parallel_group(parameter.group_name)  # type: ignore[attr-defined]
         flat = parameter.data.view(-1)
-        yield Shard(
+        yield LocalShard(
             tensor.name, tensor.first_element, flat.numel(), flat, 0, parameter, is_writer=dist.get_rank(group) == 0
         )
 
 
-def _partitioned(engine: Engine) -> Iterator[Shard]:
+def _partitioned(engine: Engine) -> Iterator[LocalShard]:
     """ZeRO 1, 2 and 3: what `partition.py` tells of this rank."""
     tensors = global_tensors(engine)
     for held in partitioned_parameters(engine.deepspeed.optimizer, engine.zero_stage):
@@ -93,10 +93,10 @@ def _partitioned(engine: Engine) -> Iterator[Shard]:
         if part is not None:
             tensor, flat = tensors[held.parameter], held.flat
             start = tensor.first_element + part.start
-            yield Shard(tensor.name, start, part.length, flat.data, part.offset, flat, is_writer=True)
+            yield LocalShard(tensor.name, start, part.length, flat.data, part.offset, flat, is_writer=True)
 
 
-def optimizer_tensors(engine: Engine, shard: Shard) -> dict[str, Tensor]:
+def optimizer_tensors(engine: Engine, shard: LocalShard) -> dict[str, Tensor]:
     """The optimizer's states of a shard by kind (`exp_avg`, ...): views of `length` elements."""
     state = _inner_optimizer(engine).state.get(shard.key, {})
     return {
@@ -170,7 +170,7 @@ def layout(engine: Engine) -> dict[str, Any]:
         "zero_stage": engine.zero_stage,
         "precision": next((name for name, is_on in halves.items() if is_on), "fp32"),
         "accumulation": engine.accumulation,
-        "micro_batch": deepspeed_engine.train_micro_batch_size_per_gpu(),
+        "micro_batch_size": deepspeed_engine.train_micro_batch_size_per_gpu(),
     }
 
 

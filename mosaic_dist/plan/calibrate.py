@@ -11,7 +11,7 @@ from mosaic_dist.errors import UserError
 from mosaic_dist.files import check_output_file, write_atomic
 from mosaic_dist.hardware import Device, device_called
 from mosaic_dist.model.ffn.kernel import has_grouped_product
-from mosaic_dist.model.products import linear
+from mosaic_dist.model.matmul import linear
 
 PRODUCT_SIZE, GPU_PRODUCT_SIZE = 1024, 8192
 COPY_ELEMENTS, GPU_COPY_ELEMENTS = 2**24, 2**28

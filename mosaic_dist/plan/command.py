@@ -26,7 +26,7 @@ def plan(
     sp: Positive | None = None,
     zero: Literal[0, 1, 2, 3] | None = None,
     ds_config: str | None = None,
-    micro_batch: Positive | None = None,
+    micro_batch_size: Positive | None = None,
     seq_len: Positive | None = None,
     checkpointing: Literal["none", "full", "attention", "ffn", "moe"] | None = None,
     tokens: Positive | None = None,
@@ -48,7 +48,7 @@ def plan(
     --ep N                expert-parallel ranks; the recipe's by default
     --sp N                ranks that share each sequence; the recipe's by default
     --zero N              ZeRO stage; 1 by default, or that of --ds_config FILE
-    --micro_batch N       sequences at a time
+    --micro_batch_size N       sequences at a time
     --seq_len N           tokens of a sequence
     --checkpointing PARTS what runs again in the backward pass: none, full, attention, ffn or moe
     --tokens N            for days and GPU-hours; the run's steps by default
@@ -68,11 +68,13 @@ def plan(
     given = {
         "parallel.expert_parallel": ep,
         "parallel.sequence_parallel": sp,
-        "micro_batch": micro_batch,
+        "micro_batch_size": micro_batch_size,
         "data.seq_len": seq_len,
-        "parallel.recompute.parts": checkpointing,
+        "parallel.activation_checkpointing.parts": checkpointing,
     }
-    run = override(load_run(recipe[0]), overrides | {path: value for path, value in given.items() if value is not None})
+    run = override(
+        load_recipe(recipe[0]), overrides | {path: value for path, value in given.items() if value is not None}
+    )
     config = read_config(ds_config) if zero is None else {"zero_optimization": {"stage": zero}}
     device = find_device(gpu)
     if search:
@@ -87,7 +89,7 @@ def plan(
         draw_memory(made, Path(plot))
 
 
-def load_run(recipe: str) -> Run:
+def load_recipe(recipe: str) -> Run:
     """The run of a Python recipe or of a YAML file. UserError where there is none."""
     path = Path(recipe)
     if not path.is_file():

@@ -50,7 +50,7 @@ class Duration(NamedTuple):
 def step_duration(
     layout: Layout, groups: tuple[Group, ...], microbatch: Microbatch, flows: list[Flow], device: Device
 ) -> Duration:
-    """See the module's text."""
+    """Estimate the time of a step from its FLOPs, its traffic and the device's rates."""
     seconds = {True: 0.0, False: 0.0}
     for work, times in microbatch.work.items():
         arithmetic = 0.0

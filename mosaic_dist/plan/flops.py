@@ -38,8 +38,8 @@ def product_flops(spec: Transformer, seq_len: int) -> int:
 
 def _without_windows(spec: Transformer) -> Transformer:
     def wide(block: Any) -> Any:
-        if getattr(block.attention, "window", None) is None:
+        if getattr(block.attention, "sliding_window", None) is None:
             return block
-        return dataclasses.replace(block, attention=dataclasses.replace(block.attention, window=None))
+        return dataclasses.replace(block, attention=dataclasses.replace(block.attention, sliding_window=None))
 
-    return dataclasses.replace(spec, blocks=tuple(wide(block) for block in spec.blocks))
+    return dataclasses.replace(spec, layers=tuple(wide(block) for block in spec.layers))

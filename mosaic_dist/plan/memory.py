@@ -79,6 +79,6 @@ def _elements_of_parts(groups: tuple[Group, ...]) -> dict[str, int]:
     for group in groups:
         for name, size in zip(group.names, group.sizes, strict=True):
             first, *rest = name.split(".")
-            part = f"blocks.{rest[0]}" if first == "blocks" else "head" if first in ("head", "norm") else "embedding"
+            part = f"layers.{rest[0]}" if first == "layers" else "head" if first in ("head", "norm") else "embedding"
             found[part] = found.get(part, 0) + size
     return found

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mosaic_dist.model import MixtureOfExperts, Recompute, Transformer, apply_recompute
+from mosaic_dist.model import ActivationCheckpointing, MixtureOfExperts, Transformer, apply_activation_checkpointing
 from mosaic_dist.model.attention import kernel
 from mosaic_dist.model.ffn import ffn
 from mosaic_dist.model.ffn.kernel import run_grouped, run_in_turn
@@ -39,7 +39,7 @@ class Setting:
     sequences: int
     seq_len: int
     dtype: torch.dtype
-    recompute: Recompute
+    activation_checkpointing: ActivationCheckpointing
     expert_chunks: int = 1
     sequence_parallel: int = 1
     documents: bool = False
@@ -94,10 +94,12 @@ class Microbatch:
 
 @functools.cache
 def run_microbatch(setting: Setting) -> Microbatch:
-    """See the module's text. The same for every rank, but for the rows that do not divide evenly."""
-    flags = [_is_recomputed(setting, i) for i in range(len(setting.model.blocks))]
-    kinds = list(dict.fromkeys(zip(setting.model.blocks, flags, strict=True)))
-    of_blocks = [kinds.index(kind) for kind in zip(setting.model.blocks, flags, strict=True)]
+    """Estimate activations and FLOPs of one micro-batch. The same for every rank, but for the rows that do not divide
+    evenly.
+    """
+    flags = [_is_recomputed(setting, i) for i in range(len(setting.model.layers))]
+    kinds = list(dict.fromkeys(zip(setting.model.layers, flags, strict=True)))
+    of_blocks = [kinds.index(kind) for kind in zip(setting.model.layers, flags, strict=True)]
     sequences = Sequences(setting.sequence_parallel, 0, setting.sequence_parallel, SHARERS)
     model = _model_of_kinds(setting, kinds, sequences)
     tokens_BT = torch.empty(setting.sequences, setting.seq_len, dtype=torch.int64, device="meta")
@@ -106,8 +108,8 @@ def run_microbatch(setting: Setting) -> Microbatch:
     with recorder.alone(), _kernels(setting), recorder:
         recorder.mark("embedding forward")
         mine_BT = sequences.cut(tokens_BT)
-        sight = sequences.sight(tokens_BT, tokens_BT if setting.documents else None)
-        parts = model(mine_BT, mine_BT, sight=sight)
+        metadata = sequences.metadata(tokens_BT, tokens_BT if setting.documents else None)
+        parts = model(mine_BT, mine_BT, metadata=metadata)
         loss = parts.cross_entropy_sum + parts.auxiliary
         recorder.mark("head backward")
         loss.backward()
@@ -116,7 +118,7 @@ def run_microbatch(setting: Setting) -> Microbatch:
 
 
 def _is_recomputed(setting: Setting, block: int) -> bool:
-    return setting.recompute.parts != "none" and block % setting.recompute.every == 0
+    return setting.activation_checkpointing.parts != "none" and block % setting.activation_checkpointing.every == 0
 
 
 def without_capacity(model: Transformer) -> Transformer:
@@ -125,47 +127,51 @@ def without_capacity(model: Transformer) -> Transformer:
     def unlimited(block: Any) -> Any:
         if getattr(block.ffn, "capacity_factor", None) is None:
             return block
-        return dataclasses.replace(block, ffn=dataclasses.replace(block.ffn, capacity_factor=None, drop="last"))
+        return dataclasses.replace(
+            block, ffn=dataclasses.replace(block.ffn, capacity_factor=None, drop_policy="position")
+        )
 
-    return dataclasses.replace(model, blocks=tuple(unlimited(block) for block in model.blocks))
+    return dataclasses.replace(model, layers=tuple(unlimited(block) for block in model.layers))
 
 
 def _model_of_kinds(setting: Setting, kinds: list[tuple[Any, bool]], sequences: Sequences) -> Any:
     """A model with one block of each kind, as a rank holds it."""
-    spec = dataclasses.replace(setting.model, blocks=tuple(block for block, _ in kinds))
+    spec = dataclasses.replace(setting.model, layers=tuple(block for block, _ in kinds))
     with torch.device("meta"):
         model: Any = without_capacity(spec).build()
     place_experts(model, setting.degree, 0)
     place_sequences(model, sequences)
     for layer in model.modules():
         if isinstance(layer, MixtureOfExperts):
-            layer.exchange, layer.chunks = EvenRouting(layer.exchange), setting.expert_chunks
-    flagged = [block for block, (_, again) in zip(model.blocks, kinds, strict=True) if again]
-    once: Any = SimpleNamespace(blocks=flagged)
-    apply_recompute(once, Recompute(parts=setting.recompute.parts))
+            layer.dispatcher, layer.chunks = EvenRouting(layer.dispatcher), setting.expert_chunks
+    flagged = [block for block, (_, again) in zip(model.layers, kinds, strict=True) if again]
+    once: Any = SimpleNamespace(layers=flagged)
+    apply_activation_checkpointing(once, ActivationCheckpointing(parts=setting.activation_checkpointing.parts))
     return model.to("meta", setting.dtype)  # some buffers are numbers from the start
 
 
 class EvenRouting(nn.Module):
-    """An exchange that is told that every expert got as many rows; the counts are numbers, also on the meta device."""
+    """An dispatcher that is told that every expert got as many rows; the counts are numbers, also on the meta
+    device.
+    """
 
-    def __init__(self, exchange: Any):
+    def __init__(self, dispatcher: Any):
         super().__init__()
-        self.exchange = exchange
+        self.dispatcher = dispatcher
 
-    def forward(self, x_SD: Tensor, rows: Any, experts: Any, meanwhile: Any) -> Tensor:
-        """See `LocalExchange.forward`."""
+    def forward(self, x_SD: Tensor, rows: Any, experts: Any, overlap_fn: Any) -> Tensor:
+        """Pass the rows on, with equal numbers of them for all experts."""
         R, E = len(rows.tokens_R), len(rows.counts_E)
         counts_E = (torch.arange(E + 1) * R // E).diff()  # what does not divide is spread over the ranks, too
-        return self.exchange(x_SD, rows._replace(counts_E=counts_E), experts, meanwhile)
+        return self.dispatcher(x_SD, rows._replace(counts_E=counts_E), experts, overlap_fn)
 
     def total_counts(self, counts_E: Tensor) -> Tensor:
-        """See `LocalExchange.total_counts`."""
-        return self.exchange.total_counts(counts_E)
+        """Choices per expert of all data-parallel ranks."""
+        return self.dispatcher.total_counts(counts_E)
 
     def micro_batch_counts(self, counts: Tensor) -> Tensor:
-        """See `LocalExchange.micro_batch_counts`."""
-        return self.exchange.micro_batch_counts(counts)
+        """Choices per expert of a micro-batch, over the ranks that share it."""
+        return self.dispatcher.micro_batch_counts(counts)
 
 
 def _mark_parts(model: Any, recorder: Recorder) -> None:
@@ -175,7 +181,7 @@ def _mark_parts(model: Any, recorder: Recorder) -> None:
         inputs[0].register_hook(lambda _: recorder.mark(f"{before} backward"))
         recorder.mark(f"{part} forward")
 
-    parts = {f"blocks.{i}": block for i, block in enumerate(model.blocks)} | {"head": model.norm}
+    parts = {f"layers.{i}": block for i, block in enumerate(model.layers)} | {"head": model.norm}
     for (name, part), before in zip(parts.items(), ["embedding", *parts], strict=False):
         part.register_forward_pre_hook(functools.partial(entering, name, before))
     for parameter in model.parameters():
@@ -251,7 +257,7 @@ def fused_attention(
 
 def _put_together(phases: dict[str, Phase], of_blocks: list[int]) -> Microbatch:
     """The phases of all blocks, in order, from those of one block of each kind."""
-    forward = [("embedding", "embedding"), *((f"blocks.{i}", f"blocks.{k}") for i, k in enumerate(of_blocks))]
+    forward = [("embedding", "embedding"), *((f"layers.{i}", f"layers.{k}") for i, k in enumerate(of_blocks))]
     forward.append(("head", "head"))
     moments: list[Moment] = []
     work: Counter[Work] = Counter()

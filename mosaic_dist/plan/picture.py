@@ -36,7 +36,7 @@ def draw_memory(plan: Plan, path: Path) -> None:
     axes.set(
         ylabel="GiB per rank, tensors",
         title=f"{layout.run.name}: {layout.ranks} {plan.device.name}, expert parallel {layout.degree}, "
-        f"ZeRO {layout.stage}, {layout.run.micro_batch} x {layout.run.seq_len:,} tokens (predicted)",
+        f"ZeRO {layout.stage}, {layout.run.micro_batch_size} x {layout.run.seq_len:,} tokens (predicted)",
     )
     axes.set_xlim(0, len(points) - 1)
     axes.set_ylim(0, max(plan.device.memory_bytes, memory.peak_bytes) / GIB * 1.08)

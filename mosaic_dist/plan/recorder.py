@@ -22,7 +22,7 @@ def _grouped_flops(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
     return 2 * a.shape[-2] * a.shape[-1] * b.shape[-1]
 
 
-if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # see model/products.py
+if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # see model/matmul.py
 
     @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
     def _linear_flops(x_shape: Any, *_: Any, out_shape: Any, **__: Any) -> int:

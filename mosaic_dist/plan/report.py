@@ -17,7 +17,7 @@ def render_plan(plan: Plan) -> str:
 
 def _layout(plan: Plan) -> str:
     layout, run = plan.layout, plan.layout.run
-    recompute = run.parallel.recompute
+    recompute = run.parallel.activation_checkpointing
     ramp = "" if run.batch_ramp is None else f"\nramp: {run.batch_ramp.describe(run.batch_tokens)}"
     again = recompute.parts + (f" in every {recompute.every}th block" if recompute.every > 1 else "")
     return (
@@ -25,7 +25,7 @@ def _layout(plan: Plan) -> str:
         f"{layout.ranks} ranks = {layout.nodes} nodes x {layout.node_ranks} {plan.device.name}, expert parallel "
         f"{layout.degree}, ZeRO {layout.stage}, {layout.precision}, recomputed: {again}\n"
         f"batch: {run.batch_tokens:,} tokens = {run.dealt(layout.ranks)} x {layout.accumulation} micro-batches of "
-        f"{run.micro_batch} x {run.seq_len:,}{ramp}"
+        f"{run.micro_batch_size} x {run.seq_len:,}{ramp}"
     )
 
 
@@ -130,9 +130,10 @@ def render_search(found: Sequence[Plan], refused: Sequence[Refused], shown: int)
     lines = [f"| {' | '.join(columns)} | tokens/s | MFU |", "|---:|---:|---:|---:|---|---:|---:|---:|---:|"]
     for plan in found[:shown]:
         layout, parallel = plan.layout, plan.layout.run.parallel
+        checkpointing = parallel.activation_checkpointing.parts
         lines.append(
-            f"| {layout.degree} | {parallel.sequence_parallel} | {layout.stage} | {layout.run.micro_batch} "
-            f"| {parallel.recompute.parts} | {plan.memory.peak_bytes / GIB:.1f} | {plan.duration.total:.2f} "
+            f"| {layout.degree} | {parallel.sequence_parallel} | {layout.stage} | {layout.run.micro_batch_size} "
+            f"| {checkpointing} | {plan.memory.peak_bytes / GIB:.1f} | {plan.duration.total:.2f} "
             f"| {plan.tokens_per_second:,.0f} | {plan.mfu:.1%} |"
         )
     head = f"{len(found)} of {len(found) + len(refused)} layouts fit" + (f"; the first {shown}:" if found else ".")

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from mosaic_dist.errors import UserError
 from mosaic_dist.hardware import Device
-from mosaic_dist.model import Recompute
+from mosaic_dist.model import ActivationCheckpointing
 from mosaic_dist.parallel.sequence import can_share
 from mosaic_dist.plan.layout import make_layout, rank_groups
 from mosaic_dist.plan.microbatch import run_microbatch
@@ -17,7 +17,7 @@ from mosaic_dist.run_spec import Run
 STAGES = (0, 1, 2, 3)
 MICRO_BATCHES = (1, 2, 4, 8)
 PARTS: tuple[Literal["none", "moe", "full"], ...] = ("none", "moe", "full")
-"""Of `Recompute.parts`, those that are tried."""
+"""Of `ActivationCheckpointing.parts`, those that are tried."""
 LONG_TOKENS = 32_768
 """Of a sequence that ranks may have to share."""
 GIB = 2**30
@@ -47,14 +47,16 @@ def search(run: Run, config: dict[str, Any], device: Device, nodes: int, node_ra
     """
     fitting: list[Plan] = []
     refused: list[Refused] = []
-    for degree, shared, stage, micro_batch, parts in itertools.product(
+    for degree, shared, stage, micro_batch_size, parts in itertools.product(
         degrees(run, nodes * node_ranks), sharing(run, node_ranks), STAGES, MICRO_BATCHES, PARTS
     ):
         ranks = f"expert parallel {degree}, sequence parallel {shared}"
-        named = f"{ranks}, ZeRO {stage}, micro-batch {micro_batch}, recomputed {parts}"
-        recompute = Recompute(parts=parts)
-        parallel = replace(run.parallel, expert_parallel=degree, sequence_parallel=shared, recompute=recompute)
-        tried = replace(run, micro_batch=micro_batch, parallel=parallel)
+        named = f"{ranks}, ZeRO {stage}, micro-batch {micro_batch_size}, recomputed {parts}"
+        recompute = ActivationCheckpointing(parts=parts)
+        parallel = replace(
+            run.parallel, expert_parallel=degree, sequence_parallel=shared, activation_checkpointing=recompute
+        )
+        tried = replace(run, micro_batch_size=micro_batch_size, parallel=parallel)
         staged = config | {"zero_optimization": config.get("zero_optimization", {}) | {"stage": stage}}
         try:
             layout = make_layout(tried, staged, device, nodes, node_ranks)
@@ -79,13 +81,13 @@ def sharing(run: Run, node_ranks: int) -> Iterable[int]:
         n
         for n in range(1, node_ranks + 1)
         if all(number % n == 0 for number in divided)
-        and all(can_share(block.attention, n) for block in run.model.blocks)
+        and all(can_share(block.attention, n) for block in run.model.layers)
     ]
 
 
 def degrees(run: Run, ranks: int) -> Iterable[int]:
     """Expert-parallel degrees that divide every layer's experts and the ranks."""
-    experts: set[int] = {block.ffn.experts for block in run.model.blocks if hasattr(block.ffn, "experts")}
+    experts: set[int] = {block.ffn.experts for block in run.model.layers if hasattr(block.ffn, "experts")}
     if not experts:
         return [1]
     return [n for n in range(1, ranks + 1) if ranks % n == 0 and all(count % n == 0 for count in experts)]

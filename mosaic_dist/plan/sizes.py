@@ -36,8 +36,8 @@ def size_table(folder: str | Path) -> str:
     lines = ["| recipe | total | active | layers | width | experts |", "|---|---:|---:|---:|---:|---:|"]
     for name, run in recipes_in(folder):
         counts = count_parameters(run.model)
-        experts = {getattr(block.ffn, "experts", 0) for block in run.model.blocks}
+        experts = {getattr(block.ffn, "experts", 0) for block in run.model.layers}
         shown = ", ".join(str(number) for number in sorted(experts)) if experts != {0} else "dense"
-        row = (f"`{name}`", f"{counts.total:,}", f"{counts.active:,}", len(run.model.blocks), run.model.dim, shown)
+        row = (f"`{name}`", f"{counts.total:,}", f"{counts.active:,}", len(run.model.layers), run.model.dim, shown)
         lines.append(f"| {' | '.join(map(str, row))} |")
     return "\n".join(lines)

@@ -44,7 +44,9 @@ class States(NamedTuple):
 
 
 def rank_states(layout: Layout, groups: tuple[Group, ...], rank: int) -> States:
-    """See `States`. Ranks differ only where a group's padding or a parameter's end falls."""
+    """Estimate weights, gradients and optimizer states per rank. Ranks differ only where a group's padding or a
+    parameter's end falls.
+    """
     make = {0: _replicated, 1: _flat_groups, 2: _flat_groups, 3: _partitioned}[layout.stage]
     return _offloaded(layout, groups, make(layout, groups, rank))
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from mosaic_dist.parallel.cut_matrices import choose_workers, matrices_of, size
-from mosaic_dist.parallel.partition import Cut
+from mosaic_dist.parallel.partition import Partition
 from mosaic_dist.plan.layout import Group, Layout, Span
 from mosaic_dist.plan.microbatch import SHARERS, Microbatch
 from mosaic_dist.plan.states import held, holders, is_persistent, padded, piece
@@ -125,7 +125,9 @@ def _travelling(layout: Layout, group: Group) -> int:
     """Elements of a group's matrices that leave all its ranks together."""
     before = itertools.accumulate(group.sizes, initial=0)
     cuts = (
-        Cut(shape, piece(layout, group, n), 0, 0) if layout.stage == 3 else Cut(shape, held(layout, group), at, 0)
+        Partition(shape, piece(layout, group, n), 0, 0)
+        if layout.stage == 3
+        else Partition(shape, held(layout, group), at, 0)
         for shape, n, at in zip(group.shapes, group.sizes, before, strict=False)
     )
     matrices = [matrix for cut in cuts for matrix in matrices_of(cut)]

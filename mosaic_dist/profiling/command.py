@@ -19,7 +19,7 @@ from mosaic_dist.parallel import (
     local_size_from_environment,
     size_from_environment,
 )
-from mosaic_dist.plan.command import load_run
+from mosaic_dist.plan.command import load_recipe
 from mosaic_dist.profiling.phases import STEP, Spent, marked, spent, step_seconds
 from mosaic_dist.run import resolve
 from mosaic_dist.run_spec import Run
@@ -57,9 +57,9 @@ def profile(
         raise UserError("give one recipe, as `profile recipes/t4_moe.py`")
     if memory_history and not torch.cuda.is_available():
         raise UserError("--memory_history is of a GPU's memory, and torch sees no GPU here; leave it out")
-    run = override(load_run(str(recipe[0])), overrides)
+    run = override(load_recipe(str(recipe[0])), overrides)
     resolved = resolve(run, ds_config, size_from_environment(), local_size_from_environment())
-    if run.parallel.compile_blocks:
+    if run.parallel.compile:
         check_compiler(torch.cuda.is_available())
     folder = made_folder(output)
     world = join_world(run.parallel.timeout_seconds)
@@ -70,7 +70,7 @@ def profile(
 
     def step() -> None:
         tokens_BT = torch.randint(
-            run.model.vocab, (run.batch_sequences // engine.sequences.data_ranks, run.seq_len + 1)
+            run.model.vocab_size, (run.batch_sequences // engine.sequences.data_ranks, run.seq_len + 1)
         )
         engine.train_step(tokens_BT[:, :-1], tokens_BT[:, 1:], run.optimizer.learning_rate / 100)
 

@@ -16,7 +16,7 @@ from mosaic_dist.files import check_new_directory, write_atomic
 from mosaic_dist.parallel.deepspeed_config import OWN_KEYS
 from mosaic_dist.parallel.world import free_port
 from mosaic_dist.reproduce.circumstances import Change, changes, check_data, read_folder
-from mosaic_dist.reproduce.comparison import Comparison, compare
+from mosaic_dist.reproduce.comparison import MetricComparison, compare
 from mosaic_dist.run_spec import import_recipe
 from mosaic_dist.spec import NonNegativeFloat, Positive, override
 from mosaic_dist.train.folder import RunFolder, environment
@@ -89,7 +89,7 @@ def run_again(words: list[str], there: RunFolder, here: RunFolder, dry_run: bool
         raise UserError(f"the repeated run ended with exit code {done.returncode}; see above, and {here.path}")
 
 
-def judge(there: RunFolder, here: RunFolder, found: Comparison, changed: list[Change], tolerance: float) -> bool:
+def judge(there: RunFolder, here: RunFolder, found: MetricComparison, changed: list[Change], tolerance: float) -> bool:
     """Whether the two runs are equal; told to people, and to programs in the new folder."""
     same_files = compare_checkpoints(there, here)
     equal = found.is_within(tolerance) and (tolerance > 0 or same_files is not False)
@@ -160,7 +160,7 @@ def render_changes(changed: Sequence[Change]) -> str:
     return "\n".join(["environment: differs", *rows])
 
 
-def render(found: Comparison, same_files: bool | None, equal: bool, tolerance: float) -> str:
+def render(found: MetricComparison, same_files: bool | None, equal: bool, tolerance: float) -> str:
     """How the two runs compare, for people."""
     lines = [f"{found.numbers:,} numbers of {found.steps:,} steps compared"]
     if found.first is None or found.largest is None:
@@ -181,7 +181,7 @@ def render(found: Comparison, same_files: bool | None, equal: bool, tolerance: f
     return "\n".join([*lines, f"{'reproduced' if equal else 'NOT reproduced'}, {limit}"])
 
 
-def as_json(found: Comparison, changed: Sequence[Change]) -> dict[str, Any]:
+def as_json(found: MetricComparison, changed: Sequence[Change]) -> dict[str, Any]:
     """The comparison for programs."""
     return {
         "steps": found.steps,

@@ -30,7 +30,7 @@ class Difference(NamedTuple):
     relative: float
 
 
-class Comparison(NamedTuple):
+class MetricComparison(NamedTuple):
     """`first` in order of steps and `largest` difference, None where all numbers are bitwise equal.
 
     `missing` are steps of the run that the repeated one did not come to.
@@ -47,7 +47,7 @@ class Comparison(NamedTuple):
         return not self.missing and (self.largest is None or self.largest.relative <= tolerance)
 
 
-def compare(there: Iterable[Mapping[str, Any]], here: Iterable[Mapping[str, Any]], until_step: int) -> Comparison:
+def compare(there: Iterable[Mapping[str, Any]], here: Iterable[Mapping[str, Any]], until_step: int) -> MetricComparison:
     """Every number that both runs have of a step, up to `until_step`.
 
     A field that only one has is passed over: the last step of a start is validated and recorded out of turn.
@@ -67,7 +67,7 @@ def compare(there: Iterable[Mapping[str, Any]], here: Iterable[Mapping[str, Any]
                 first = first or found
                 largest = found if largest is None or found.relative > largest.relative else largest
     missing = [step for step in sorted(was) if step > max(now, default=0)]
-    return Comparison(len(steps), count, first, largest, missing)
+    return MetricComparison(len(steps), count, first, largest, missing)
 
 
 def numbers(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

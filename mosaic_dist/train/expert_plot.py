@@ -37,7 +37,7 @@ PANELS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "share of dropped choices": lambda figures: figures["drop_rate"],
     "balance loss, unweighted": lambda figures: figures["balance"],
     "z-loss, unweighted": lambda figures: figures["z"],
-    "correction, lowest and highest": lambda figures: figures.get("correction", (math.nan, math.nan)),
+    "expert bias, lowest and highest": lambda figures: figures.get("expert_bias", (math.nan, math.nan)),
 }
 """What is drawn over the steps, from the figures of a layer."""
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mosaic_dist.model import Mixture, Transformer
+from mosaic_dist.model import MoEBase, Transformer
 from mosaic_dist.model.transformer import ROUTER_MEASURES
 
 if TYPE_CHECKING:  # DeepSpeed comes with them, which who only draws what was written does without
@@ -21,7 +21,7 @@ def loads_by_layer(model: Transformer, load_LE: Tensor) -> dict[str, Tensor]:
     `load_LE` is that of a `StepResult`: rows in the order of the blocks, zeros to the right of what a layer has.
     """
     experts = {
-        f"blocks.{i}": block.ffn.experts for i, block in enumerate(model.blocks) if isinstance(block.ffn, Mixture)
+        f"layers.{i}": block.ffn.experts for i, block in enumerate(model.layers) if isinstance(block.ffn, MoEBase)
     }
     return {name: load_E[:E] for (name, E), load_E in zip(experts.items(), load_LE, strict=True)}
 
@@ -36,12 +36,12 @@ def describe_experts(model: Transformer, result: "StepResult", engine: "Engine")
     loads = loads_by_layer(model, result.expert_load)
     routers = [layer.router for layer in engine.mixtures]
     return {
-        name: _describe_layer(load_E, measures, dict(router.named_buffers()).get("correction"))
+        name: _describe_layer(load_E, measures, dict(router.named_buffers()).get("expert_bias"))
         for (name, load_E), measures, router in zip(loads.items(), result.router, routers, strict=True)
     }
 
 
-def _describe_layer(load_E: Tensor, measures: Tensor, correction_E: Tensor | None) -> dict[str, Any]:
+def _describe_layer(load_E: Tensor, measures: Tensor, expert_bias_E: Tensor | None) -> dict[str, Any]:
     """`measures` are `ROUTER_MEASURES`."""
     figures = {
         "load": load_E.tolist(),
@@ -49,13 +49,13 @@ def _describe_layer(load_E: Tensor, measures: Tensor, correction_E: Tensor | Non
         "dead": (load_E == 0).double().mean().item(),
         **dict(zip(ROUTER_MEASURES, measures.tolist(), strict=True)),
     }
-    if correction_E is not None:
-        figures["correction"] = torch.stack(correction_E.aminmax()).tolist()
+    if expert_bias_E is not None:
+        figures["expert_bias"] = torch.stack(expert_bias_E.aminmax()).tolist()
     return figures
 
 
 def flatten(experts: Experts) -> tuple[dict[str, float], dict[str, list[int]]]:
-    """The figures for trackers, which know numbers with names: `experts/blocks.1/dead`; the loads apart from them."""
+    """The figures for trackers, which know numbers with names: `experts/layers.1/dead`; the loads apart from them."""
     values: dict[str, float] = {}
     loads: dict[str, list[int]] = {}
     for layer, figures in experts.items():
@@ -63,7 +63,7 @@ def flatten(experts: Experts) -> tuple[dict[str, float], dict[str, list[int]]]:
             path = f"experts/{layer}/{name}"
             if name == "load":
                 loads[path] = value
-            elif name == "correction":
+            elif name == "expert_bias":
                 values |= {f"{path}_min": value[0], f"{path}_max": value[1]}
             else:
                 values[path] = value

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from mosaic_dist.checkpoint import candidates, refuse_foreign
 from mosaic_dist.convert.hugging_face import import_folder
+from mosaic_dist.convert.hugging_face.canonical_form import canonical_form
 from mosaic_dist.convert.hugging_face.rules import check_names
-from mosaic_dist.convert.hugging_face.twin import canonical
 from mosaic_dist.convert.native import FORMAT_VERSION, expected_shapes
 from mosaic_dist.convert.reading import open_safetensors, prove_files, read_checksums, read_json, read_weight_map
 from mosaic_dist.convert.writing import CHECKSUMS
@@ -27,25 +27,25 @@ from mosaic_dist.run_spec import Run, listing
 from mosaic_dist.spec import at, leaves
 
 MAY_DIFFER = {
-    "balance_over",
-    "balance_weight",
+    "aux_loss_scope",
+    "aux_loss_coef",
     "capacity_factor",
     "chunk",
-    "context",
-    "correction_rate",
-    "drop",
+    "expert_bias_update_rate",
+    "drop_policy",
     "dropout",
     "init",
     "jitter",
     "kernel",
-    "z_weight",
+    "max_seq_len",
+    "z_loss_coef",
 }
 """Fields of a model, with what is below them, that say how it is trained or computed, and not which function of its
 weights it is. A learned table of positions tells its context by its shape."""
 
 
 HINT = "; give a folder made by `python -m mosaic_dist export` or `import`, or one that transformers saved"
-"""Of a message about an --initial_model that cannot be read."""
+"""Of a message about an --init_from that cannot be read."""
 
 
 class InitialWeights(Protocol):
@@ -67,9 +67,9 @@ def open_initial(run: Run, info: Corpus, checkpoints: Path) -> InitialWeights | 
     Reads descriptions and headers only. UserError for a folder of another model or tokenizer, and for tensors that are
     missing, left over, or of another shape.
     """
-    if not run.initial_model or candidates(checkpoints):
+    if not run.init_from or candidates(checkpoints):
         return None
-    path = Path(run.initial_model).expanduser()
+    path = Path(run.init_from).expanduser()
     refuse_foreign(path)
     config = read_json(path / "config.json", HINT)
     weights = ExportedWeights(path, config) if config.get("model_type") == "mosaic_dist" else HuggingFaceWeights(path)
@@ -110,11 +110,11 @@ class ExportedWeights:
                 raise UserError(f"{name} is {found} in {path / self.files[name]}, {shapes[name]} in its model")
 
     def verify(self, rank: int, world_size: int) -> None:
-        """See `InitialWeights`."""
+        """Prove the files of this rank's share by their checksums."""
         prove_files(self.path, rank, world_size)
 
     def tensors(self) -> Iterator[tuple[str, Any]]:
-        """See `InitialWeights`; one file is open at a time."""
+        """Name and tensor of each weight in the model's own form; one file is open at a time."""
         for file in sorted(set(self.files.values())):
             with open_safetensors(self.path / file) as opened:
                 for name in (name for name, place in self.files.items() if place == file):
@@ -133,11 +133,11 @@ class HuggingFaceWeights:
         self.model, self._tensors = import_folder(path, prove=False)
 
     def verify(self, rank: int, world_size: int) -> None:
-        """See `InitialWeights`. Only folders that `export --format hf` wrote have checksums."""
+        """Prove the files of this rank's share. Only folders that `export --format hf` wrote have checksums."""
         prove_files(self.path, rank, world_size)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """See `InitialWeights`. To be called once."""
+        """Name and tensor of each weight, converted. To be called once."""
         return self._tensors
 
 
@@ -147,15 +147,14 @@ def check_same_model(there: Transformer, here: Transformer, path: Path) -> None:
     found = _differing(_function(there), _function(here)) or _differing(expected_shapes(there), expected_shapes(here))
     if found:
         raise UserError(
-            f"{path} holds another model; change these fields of the run, or give another --initial_model."
-            f"{listing(found)}"
+            f"{path} holds another model; change these fields of the run, or give another --init_from.{listing(found)}"
         )
 
 
 def _function(model: Transformer) -> dict[str, Any]:
-    told = leaves(canonical(model))
+    told = leaves(canonical_form(model))
     fields = {path: value for path, value in told if MAY_DIFFER.isdisjoint(path.split("."))}
-    return fields | {"blocks": f"{len(model.blocks)} layers"}
+    return fields | {"layers": f"{len(model.layers)} layers"}
 
 
 def _differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:

@@ -27,11 +27,11 @@ class MetricsFile:
     and `threshold` of the spike, and `back_to_step`.
 
     Every `logging.experts_every_steps` there is also `experts`, with an object for each block that has experts, by its
-    name in the model (`blocks.1`). All but the last of its fields are of the step's global batch: `load` (choices per
+    name in the model (`layers.1`). All but the last of its fields are of the step's global batch: `load` (choices per
     expert, dropped ones included), `max_over_mean` (load of the busiest expert over an even share), `dead` (share of
     the experts without a choice), `balance` and `z` (the losses before their weights), `entropy` (of the router's
     distribution, mean over tokens, in nats), `drop_rate` (share of the choices), and, where the router has one,
-    `correction` ([lowest, highest] over the experts, after the step).
+    `expert_bias` ([lowest, highest] over the experts, after the step).
     """
 
     def __init__(self, path: Path, step: int):

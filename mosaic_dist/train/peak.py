@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from mosaic_dist.hardware import device_called
-from mosaic_dist.model.products import linear
+from mosaic_dist.model.matmul import linear
 
 PROBE_SIZE = 1024
 PROBE_SECONDS = 0.2

@@ -26,7 +26,7 @@ class Metrics:
         self.file = MetricsFile(folder.metrics, step)
         self.trackers, self.speed = trackers, speed
 
-    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+    def post_step(self, trainer: Trainer, result: StepResult) -> None:
         """Record the step when due, and always when it was validated, was a spike, or is the first after a rewind."""
         rewinds = [rewind for rewind in trainer.progress.rewinds if rewind["back_to_step"] == trainer.progress.step - 1]
         is_notable = trainer.validation_loss is not None or result.rejected or rewinds
@@ -65,7 +65,7 @@ class Metrics:
             "mfu": self.speed.mfu(result.tokens, trainer.step_seconds),
             "memory_bytes": peak_memory_bytes(),
         }
-        if trainer.run.model.loss.z_weight:
+        if trainer.run.model.loss.z_loss_coef:
             values["z_loss"] = result.z_loss
         if result.rejected:
             values["spike_threshold"] = trainer.loss_threshold
@@ -105,7 +105,7 @@ class FirstStep:
     def __init__(self) -> None:
         self.is_told = False
 
-    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+    def post_step(self, trainer: Trainer, result: StepResult) -> None:
         """Tell, once."""
         if not self.is_told:
             self.is_told = True
@@ -124,7 +124,7 @@ class ProgressBar:
         self.step_seconds = self.data_seconds = 0.0
         """Of all steps but the first of this start, which also starts the readers."""
 
-    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+    def post_step(self, trainer: Trainer, result: StepResult) -> None:
         """Advance."""
         if trainer.progress.step > self.first_step + 1:
             self.step_seconds += trainer.step_seconds
@@ -169,7 +169,7 @@ class Plots:
     def __init__(self, folder: RunFolder):
         self.folder = folder
 
-    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+    def post_step(self, trainer: Trainer, result: StepResult) -> None:
         """Draw when due, from the whole of `metrics.jsonl`: also what earlier starts of the run did."""
         if not (trainer.is_ending or trainer.is_due(trainer.run.logging.plot_every_steps)):
             return

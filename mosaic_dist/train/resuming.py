@@ -8,7 +8,7 @@ from mosaic_dist.train.telling import say
 from mosaic_dist.train.trainer import Progress
 
 
-def load_run(checkpoint: Checkpoint, engine: Engine) -> Progress:
+def restore_run(checkpoint: Checkpoint, engine: Engine) -> Progress:
     """Bring the engine to a checkpoint, whatever it has done before; where the run was then. Every rank calls."""
     load_engine(checkpoint, engine)
     return Progress(**checkpoint.state["progress"])

@@ -34,7 +34,7 @@ class Saver:
             trainer.engine.before_update = background.wait_for_copy
             trainer.reasons_to_stop["a checkpoint that failed"] = lambda: background.has_failed
 
-    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+    def post_step(self, trainer: Trainer, result: StepResult) -> None:
         """Save when due, then drop the oldest. Every rank takes part."""
         policy, progress = trainer.run.checkpoint, trainer.progress
         best = {int(step) for _, step in progress.best} if policy.keep_best else set()

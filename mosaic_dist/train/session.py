@@ -22,13 +22,13 @@ from mosaic_dist.train.interruption import INTERRUPTED_EXIT_CODE, LOOK_SECONDS, 
 from mosaic_dist.train.lock import FolderInUse
 from mosaic_dist.train.peak import peak_flops_per_second
 from mosaic_dist.train.reporting import FirstStep, Metrics, Plots, ProgressBar, Speed
-from mosaic_dist.train.resuming import load_run, newest_good
+from mosaic_dist.train.resuming import newest_good, restore_run
 from mosaic_dist.train.saving import Saver
 from mosaic_dist.train.spikes import SpikeGuard
 from mosaic_dist.train.telling import say
 from mosaic_dist.train.trackers import Tracker, close_trackers, make_trackers
-from mosaic_dist.train.trainer import HeldOutStream, Hook, NonfiniteGuard, Progress, Trainer, Validation
-from mosaic_dist.train.watch import Watch
+from mosaic_dist.train.trainer import Callback, HeldOutStream, NonfiniteGuard, Progress, Trainer, Validation
+from mosaic_dist.train.watchdog import Watchdog
 
 LEAVE_SECONDS = 300.0
 """Time that an earlier start has to end once its watchdog or its agent has noticed that SLURM gave it up."""
@@ -82,7 +82,7 @@ def train_run(start: Start, world: World) -> Trainer:
         trainer.reasons_to_stop = reasons_to_stop(world, start.deadline, start.signals)
         trackers = make_trackers(run, folder.path) if world.is_main else []
         saver = Saver(folder, start.deadline, trainer)
-        watch = Watch(world, run.parallel.step_limit_seconds, folder.path)
+        watch = Watchdog(world, run.parallel.step_limit_seconds, folder.path)
         trainer.entered = watch.enter
         speed = Speed(facts["flops_per_token"], peak)
         try:
@@ -126,7 +126,7 @@ def how_it_begins(trainer: Trainer, counts: Counts, folder: RunFolder) -> str:
     for kind, file in own_parts(trainer.run).items():
         told += f"\n{kind} is defined in {file}: commands that build this run's model need --recipe {file}"
     if not trainer.is_ending:
-        compiles = trainer.run.parallel.compile_blocks
+        compiles = trainer.run.parallel.compile
         return told + ("\ncompiling blocks in the first step: it may take minutes" if compiles else "")
     why = "was stopped early, by its validation loss" if progress.stopped_early else "is already there"
     return f"{told}\nnothing to do: the run {why}"
@@ -168,7 +168,7 @@ def begin(run: Run, info: Corpus, engine: Engine, checkpoint: Checkpoint | None,
     """A trainer at a checkpoint, or at the start."""
     progress, data_state = Progress(), None
     if checkpoint is not None:
-        progress = load_run(checkpoint, engine)
+        progress = restore_run(checkpoint, engine)
         data_state = checkpoint.state["data"]
     loader = Loader(
         run.data,
@@ -192,7 +192,7 @@ def held_out_streams(run: Run, info: Corpus, engine: Engine, samples: int | None
     batches = functools.partial(
         ValidationBatches,
         run.data,
-        batch=run.micro_batch,
+        batch=run.micro_batch_size,
         rank=engine.sequences.data_rank,
         world_size=engine.sequences.data_ranks,
         seq_len=run.seq_len,
@@ -205,15 +205,15 @@ def held_out_streams(run: Run, info: Corpus, engine: Engine, samples: int | None
 
 def make_hooks(
     trainer: Trainer, folder: RunFolder, info: Corpus, speed: Speed, saver: Saver, trackers: list[Tracker]
-) -> list[Hook]:
+) -> list[Callback]:
     """What happens after each step, in this order. The main process alone reports."""
     run, world, step = trainer.run, trainer.engine.world, trainer.progress.step
     streams = functools.partial(held_out_streams, run, info, trainer.engine)
     held_out = streams(run.validation_samples or None) if run.validate_every_steps else []
     questions = streams(run.exact_match_samples) if run.exact_match_samples else []
-    hooks: list[Hook] = [NonfiniteGuard(run.nonfinite), Validation(held_out, questions)]
+    hooks: list[Callback] = [NonfiniteGuard(run.on_nonfinite_loss), Validation(held_out, questions)]
     if world.is_main:
-        if run.parallel.compile_blocks:
+        if run.parallel.compile:
             hooks.append(FirstStep())
         reports = (Metrics(folder, step, trackers, speed), ProgressBar(run, step, trainer.until_step, speed))
         hooks += reports

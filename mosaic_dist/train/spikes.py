@@ -8,7 +8,7 @@ from mosaic_dist.checkpoint import Checkpoint
 from mosaic_dist.errors import UserError
 from mosaic_dist.parallel import StepResult
 from mosaic_dist.train.folder import RunFolder
-from mosaic_dist.train.resuming import load_run, newest_good
+from mosaic_dist.train.resuming import newest_good, restore_run
 from mosaic_dist.train.saving import Saver
 from mosaic_dist.train.telling import say
 from mosaic_dist.train.trainer import Progress, Trainer
@@ -76,7 +76,7 @@ class SpikeGuard:
             "threshold": trainer.loss_threshold,
             "back_to_step": checkpoint.step,
         }
-        trainer.progress = replace(load_run(checkpoint, trainer.engine), rewinds=[*progress.rewinds, rewind])
+        trainer.progress = replace(restore_run(checkpoint, trainer.engine), rewinds=[*progress.rewinds, rewind])
         for follower in self.followers:
             follower.go_back(trainer)
 

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 from mosaic_dist.data.batch import Batch
 from mosaic_dist.data.stream import Loader, ValidationBatches
 from mosaic_dist.errors import UserError
-from mosaic_dist.memory import old_objects_left_alone
+from mosaic_dist.memory import gc_frozen
 from mosaic_dist.optim import Spikes
 from mosaic_dist.parallel import Engine, StepResult
 from mosaic_dist.parallel.engine import HeldOut
@@ -86,9 +86,9 @@ class Trainer:
         """Whether something done every so many steps, and at the end, is due now. 0 means never."""
         return every_steps > 0 and (self.progress.step % every_steps == 0 or self.is_ending)
 
-    def train(self, hooks: Sequence["Hook"]) -> None:
+    def train(self, hooks: Sequence["Callback"]) -> None:
         """Take steps until the end; after each, every hook has its turn, in order."""
-        with contextlib.closing(iter(self.loader)) as batches, old_objects_left_alone():
+        with contextlib.closing(iter(self.loader)) as batches, gc_frozen():
             while not self.is_ending:
                 step, started = self.progress.step + 1, time.perf_counter()
                 self.entered(step, "data")
@@ -101,7 +101,7 @@ class Trainer:
                     continue  # the hooks had their turn when the run was here before
                 for hook in hooks:
                     self.entered(step, type(hook).__name__)
-                    hook.after_step(self, result)
+                    hook.post_step(self, result)
 
     def _step(self, batch: Batch) -> StepResult:
         """Update the weights, count, and learn from all ranks whether to go on."""
@@ -122,10 +122,10 @@ class Trainer:
         return result
 
 
-class Hook(Protocol):
+class Callback(Protocol):
     """Something that happens after a step. Every rank calls every hook."""
 
-    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+    def post_step(self, trainer: Trainer, result: StepResult) -> None:
         """Look at the step that was just done."""
 
 
@@ -143,7 +143,7 @@ class NonfiniteGuard:
         self.policy = policy
         self.in_a_row = 0
 
-    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+    def post_step(self, trainer: Trainer, result: StepResult) -> None:
         """Raise UserError with a diagnosis where the policy says stop, or skips do not end."""
         finite = math.isfinite(result.loss) and math.isfinite(result.auxiliary_loss)
         full_precision = not trainer.engine.loss_is_scaled
@@ -156,7 +156,7 @@ class NonfiniteGuard:
                 f"{f', {self.in_a_row} times in a row' if self.in_a_row > 1 else ''}. The weights were left as they "
                 f"were before the step (learning rate {trainer.learning_rate:.3g}, the batch ends at sample "
                 f"{trainer.loader.cursor}). Lower optimizer.learning_rate, raise schedule.warmup_steps, use another "
-                "--precision, or set --nonfinite skip; the last checkpoint is good"
+                "--precision, or set --on_nonfinite_loss skip; the last checkpoint is good"
             )
 
 
@@ -178,7 +178,7 @@ class Validation:
     def __init__(self, held_out: Sequence[HeldOutStream], questions: Sequence[HeldOutStream] = ()):
         self.held_out, self.questions = held_out, questions
 
-    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+    def post_step(self, trainer: Trainer, result: StepResult) -> None:
         """Evaluate when due, keep the list of the best, and stop a run that gains nothing any more."""
         trainer.validation_loss = trainer.validation_exact_match = None
         trainer.validation_losses = {}

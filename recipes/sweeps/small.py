@@ -13,26 +13,26 @@ from mosaic_dist.optim import AdamW, Cosine
 from mosaic_dist.run import main
 from mosaic_dist.run_spec import Run
 
-block = Block(attention=GQA(heads=4, kv_heads=2), ffn=SwiGLU(width=384))
+block = Block(attention=GQA(heads=4, kv_heads=2), ffn=SwiGLU(hidden_dim=384))
 
 run = Run(
     name="small",
     model=Transformer(
-        vocab=4096,
+        vocab_size=4096,
         dim=128,
-        context=256,
+        max_seq_len=256,
         embedding=Table(multiplier=128**0.5),
         position=RoPE(),
-        blocks=4 * (block,),
+        layers=4 * (block,),
         norm=RMSNorm(),
         head=Tied(),
     ),
     data=Data(path="work/sweeps/data", workers=1),
-    optimizer=AdamW(learning_rate=2e-3, weight_decay=0.1, clip_norm=1.0),
-    schedule=Cosine(warmup_steps=20, final_fraction=0.1),
+    optimizer=AdamW(learning_rate=2e-3, weight_decay=0.1, max_grad_norm=1.0),
+    schedule=Cosine(warmup_steps=20, min_lr_ratio=0.1),
     steps=300,
     batch_tokens=2048,
-    micro_batch=8,
+    micro_batch_size=8,
     validate_every_steps=100,
     validation_samples=64,
     checkpoint=CheckpointPolicy(every_steps=100, keep_last=2),

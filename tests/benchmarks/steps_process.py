@@ -17,9 +17,9 @@ from mosaic_dist.spec import override
 def tiny(recipe: str) -> Case:
     """Without a balance loss, which the peers do not have: so all of them do the same."""
     case = make_case(recipe, SIZES["tiny"][recipe])
-    if not isinstance(case.run.model.blocks[0].ffn, MoE):
+    if not isinstance(case.run.model.layers[0].ffn, MoE):
         return case
-    return case._replace(run=override(case.run, {"model.blocks.ffn.balance_weight": 0.0}))
+    return case._replace(run=override(case.run, {"model.layers.ffn.aux_loss_coef": 0.0}))
 
 
 def measured(case: Case, world: World) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def test_bytes_are_those_of_the_states(results):
 
 def test_figures_agree_with_each_other(results):
     for result in results.values():
-        tokens = result["micro_batch"] * result["seq_len"]
+        tokens = result["micro_batch_size"] * result["seq_len"]
         for found in result["contenders"].values():
             assert len(found["all_seconds"]) == 2
             assert found["tokens_per_second"] * found["seconds"] == pytest.approx(tokens)
@@ -107,15 +107,15 @@ def test_a_process_that_is_killed_is_named():
 
 
 def test_a_slice_keeps_the_share_of_the_head():
-    case = make_case("gpt2_reference", Size(layers=2, seq_len=256, micro_batch=3))
-    assert case.run.model.vocab == 8384  # 50,257 / 6, up to a multiple of 64
-    assert (len(case.run.model.blocks), case.run.model.dim, case.tokens) == (2, 768, 768)
+    case = make_case("gpt2_reference", Size(layers=2, seq_len=256, micro_batch_size=3))
+    assert case.run.model.vocab_size == 8384  # 50,257 / 6, up to a multiple of 64
+    assert (len(case.run.model.layers), case.run.model.dim, case.tokens) == (2, 768, 768)
     narrow = make_case("gptoss_20b", SIZES["cpu"]["gptoss_20b"]).run.model
-    attention, ffn = narrow.blocks[0].attention, narrow.blocks[0].ffn
-    assert (narrow.dim, attention.heads, ffn.expert.width) == (512, 8, 3040)
-    assert make_case("mosaic_small", Size(layers=2, narrow=4)).run.model.position.width == 32
+    attention, ffn = narrow.layers[0].attention, narrow.layers[0].ffn
+    assert (narrow.dim, attention.heads, ffn.expert.hidden_dim) == (512, 8, 3040)
+    assert make_case("mosaic_small", Size(layers=2, narrow=4)).run.model.position.rope_head_dim == 32
     whole = make_case("gpt2_reference", Size())
-    assert (whole.run.model.vocab, whole.tokens) == (50_257, 12 * 1024)
+    assert (whole.run.model.vocab_size, whole.tokens) == (50_257, 12 * 1024)
 
 
 def test_ratios_are_of_the_same_round():

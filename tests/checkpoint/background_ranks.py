@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from mosaic_dist.checkpoint import background, save, steps, store
 from mosaic_dist.checkpoint.background import BackgroundSave
-from mosaic_dist.checkpoint.pieces import Piece
 from mosaic_dist.checkpoint.store import State
+from mosaic_dist.checkpoint.tensor_shards import TensorShard
 from tests.checkpoint.ranks import WORLD_SIZE, end_alone, fail_with, join, tell, told
 from tests.checkpoint.samples import SHAPES, cut, random_tensors
 
@@ -26,7 +26,7 @@ def own_state(seed: int, rank: int) -> State:
     return State(pieces, SHAPES, {"seed": seed}, {"generator": torch.full((3,), rank)})
 
 
-def spoil(pieces: list[Piece]) -> None:
+def spoil(pieces: list[TensorShard]) -> None:
     """What the next optimizer step does to the tensors that were handed over."""
     for piece in pieces:
         piece.data.zero_()

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from mosaic_dist.checkpoint import Checkpoint, Piece, newest, prune, save
+from mosaic_dist.checkpoint import Checkpoint, TensorShard, newest, prune, save
 
 # What the package calls to change the disk; a child dies just before the n-th of these calls.
 CHANGES = {"open", "write", "fsync", "rename", "replace", "mkdir", "rmdir", "unlink"}
@@ -26,7 +26,7 @@ ELEMENTS = 2_000_000
 
 
 def save_constant(root: Path, step: int, value: int, elements: int = 1000) -> None:
-    piece = Piece("a", "master", 0, torch.full((elements,), float(value)))
+    piece = TensorShard("a", "master", 0, torch.full((elements,), float(value)))
     save(root, step, [piece], {"a": (elements,)}, {"value": value}, {})
 
 

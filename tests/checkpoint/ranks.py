@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mosaic_dist.checkpoint import Checkpoint, CheckpointError, Piece, newest, save, steps, store
+from mosaic_dist.checkpoint import Checkpoint, CheckpointError, TensorShard, newest, save, steps, store
 from tests.checkpoint.samples import SHAPES, cut, random_tensors
 
 WORLD_SIZE = 2
@@ -59,9 +59,11 @@ def end_alone(folder: Path, work: Callable[[], Any]) -> None:
 
 def failures(root: Path, rank: int) -> dict[str, str]:
     """What this rank is told when one of them fails in each of the four steps."""
-    halves = Piece("a", "master", 5 * rank, torch.full((5,), float(rank)))
+    halves = TensorShard("a", "master", 5 * rank, torch.full((5,), float(rank)))
 
-    def attempt(piece: Piece = halves, shape: tuple[int, ...] = (10,), state: dict[str, Any] | None = None) -> str:
+    def attempt(
+        piece: TensorShard = halves, shape: tuple[int, ...] = (10,), state: dict[str, Any] | None = None
+    ) -> str:
         return told(lambda: save(root, 2, [piece], {"a": shape}, state or {}, {}, dist.group.WORLD))
 
     found = {

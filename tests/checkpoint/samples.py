@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mosaic_dist.checkpoint import Piece, save
+from mosaic_dist.checkpoint import TensorShard, save
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "experts.up.weight": (4, 33, 17),
@@ -34,15 +34,15 @@ def random_tensors(seed: int = 0) -> dict[tuple[str, str], Tensor]:
     }
 
 
-def cut(tensors: dict[tuple[str, str], Tensor], ranks: int, seed: int = 0) -> list[list[Piece]]:
+def cut(tensors: dict[tuple[str, str], Tensor], ranks: int, seed: int = 0) -> list[list[TensorShard]]:
     """Cut each tensor at random places (some twice: empty pieces) and deal the pieces to ranks in random order."""
     chance = random.Random(seed)
-    dealt: list[list[Piece]] = [[] for _ in range(ranks)]
+    dealt: list[list[TensorShard]] = [[] for _ in range(ranks)]
     for (name, kind), tensor in tensors.items():
         flat = tensor.reshape(-1)
         places = sorted([0, len(flat), *(chance.randint(0, len(flat)) for _ in range(5))])
         for low, high in itertools.pairwise(places):
-            chance.choice(dealt).append(Piece(name, kind, low, flat[low:high]))
+            chance.choice(dealt).append(TensorShard(name, kind, low, flat[low:high]))
     for pieces in dealt:
         chance.shuffle(pieces)
     return dealt

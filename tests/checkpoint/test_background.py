@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from mosaic_dist.checkpoint import Checkpoint, Piece
+from mosaic_dist.checkpoint import Checkpoint, TensorShard
 from mosaic_dist.checkpoint.background import HostMemory, copy_data
 from mosaic_dist.checkpoint.rank_file import DTYPE_NAMES
 from tests.checkpoint.background_ranks import HELD_SECONDS
@@ -64,9 +64,9 @@ def test_a_rank_that_dies_while_it_writes_is_an_error_on_the_others(folder: Path
 
 
 def test_host_memory_holds_pieces_of_every_dtype_and_is_used_again() -> None:
-    def pieces(elements: int) -> list[Piece]:
+    def pieces(elements: int) -> list[TensorShard]:
         bits = [torch.randint(0, 2, (elements * dtype.itemsize,), dtype=torch.uint8) for dtype in DTYPE_NAMES]
-        return [Piece("a", "b", 3, row.view(dtype)) for row, dtype in zip(bits, DTYPE_NAMES, strict=True)]
+        return [TensorShard("a", "b", 3, row.view(dtype)) for row, dtype in zip(bits, DTYPE_NAMES, strict=True)]
 
     memory, places = HostMemory(), set()
     for elements in (7, 1, 0, 5):
@@ -84,7 +84,7 @@ def test_host_memory_holds_pieces_of_every_dtype_and_is_used_again() -> None:
 
 def test_a_strided_piece_that_wants_a_gradient_is_copied() -> None:
     data = torch.arange(10.0).view(5, 2)[:, 1].requires_grad_()
-    piece = Piece("a", "b", 0, data)
+    piece = TensorShard("a", "b", 0, data)
     (copied,) = HostMemory().reserve([piece])
     copy_data([piece], [copied])
     assert not copied.data.requires_grad

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from mosaic_dist.checkpoint import Checkpoint, CheckpointError, newest, prune
 from mosaic_dist.checkpoint.manifest import read_manifest, render_manifest
-from mosaic_dist.checkpoint.pieces import UnknownFormatError
+from mosaic_dist.checkpoint.tensor_shards import UnknownFormatError
 from mosaic_dist.parallel import World
 from mosaic_dist.train.folder import RunFolder
 from mosaic_dist.train.resuming import newest_good

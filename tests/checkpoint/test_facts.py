@@ -26,7 +26,7 @@ def test_sizes_by_kind_and_the_largest(folder: Path) -> None:
 
 def test_the_layout_is_what_the_engine_told_and_unknown_where_none_did(tmp_path: Path) -> None:
     told = {"ranks": 2, "expert_parallel": 2, "sequence_parallel": 2, "zero_stage": 3}
-    told |= {"precision": "bf16", "accumulation": 4, "micro_batch": 8}
+    told |= {"precision": "bf16", "accumulation": 4, "micro_batch_size": 8}
     ours = Checkpoint.open(save(tmp_path, 1, [], {}, {"layout": told}, {}))
     assert checkpoint_facts(ours)["layout"] == told
     older = Checkpoint.open(save(tmp_path, 2, [], {}, {}, {}))

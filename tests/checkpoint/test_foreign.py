@@ -60,7 +60,7 @@ def test_each_way_in_says_what_it_is_and_runs_nothing(tmp_path: Path, told: str)
         lambda path: choose_checkpoint(None, str(path), None),
         import_folder,
         lambda path: RunFolder(path).claim(run),
-        lambda path: open_initial(replace(run, initial_model=str(path)), None, Path("nowhere")),
+        lambda path: open_initial(replace(run, init_from=str(path)), None, Path("nowhere")),
     )
     for way in ways:
         for path in (root, root / "global_step40"):

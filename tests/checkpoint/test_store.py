@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mosaic_dist.checkpoint import Checkpoint, CheckpointError, Piece, save, store
+from mosaic_dist.checkpoint import Checkpoint, CheckpointError, TensorShard, save, store
 from mosaic_dist.checkpoint.rank_file import DTYPE_NAMES
 from tests.checkpoint.samples import DTYPES, SHAPES, cut, random_tensors, same_bits, save_small
 
@@ -43,7 +43,7 @@ def test_every_dtype_and_strided_data(tmp_path: Path) -> None:
         bits = torch.randint(0, 2 if dtype == torch.bool else 256, (6 * dtype.itemsize,), dtype=torch.uint8)
         every_second = torch.stack([bits.view(dtype), bits.view(dtype)], dim=1)[:, 0]
         assert not every_second.is_contiguous()
-        pieces.append(Piece(str(dtype), "master", 0, every_second.requires_grad_(dtype.is_floating_point)))
+        pieces.append(TensorShard(str(dtype), "master", 0, every_second.requires_grad_(dtype.is_floating_point)))
         shapes[str(dtype)] = (3, 2)
     checkpoint = Checkpoint.open(save(tmp_path, 0, pieces, shapes, {}, {}))
     for piece in pieces:
@@ -94,7 +94,7 @@ def test_a_state_that_json_would_change_is_refused(tmp_path: Path, state: dict, 
 def test_what_does_not_tile_is_refused_before_anything_is_written(
     tmp_path: Path, intervals: list, message: str
 ) -> None:
-    pieces = [Piece("a", "exp_avg", start, torch.zeros(stop - start)) for start, stop in intervals]
+    pieces = [TensorShard("a", "exp_avg", start, torch.zeros(stop - start)) for start, stop in intervals]
     with pytest.raises(CheckpointError, match=message):
         save(tmp_path / "root", 0, pieces, {"a": (2, 5)}, {}, {})
     assert not (tmp_path / "root").exists()
@@ -103,17 +103,17 @@ def test_what_does_not_tile_is_refused_before_anything_is_written(
 @pytest.mark.parametrize(
     ("piece", "message"),
     [
-        (Piece("b", "master", 0, torch.zeros(4)), "master of 'b' has pieces but no shape"),
-        (Piece("a", "master", 4, torch.zeros(4, dtype=torch.float16)), "several dtypes: F16, F32"),
-        (Piece("a", "master", 4, torch.zeros(2, 2)), "a 2-D piece at 4"),
-        (Piece("a", "rank_state", 0, torch.zeros(4)), "cannot be a kind"),
-        (Piece("a", "x/y", 0, torch.zeros(4)), "cannot be a kind"),
-        (Piece("a", "x", 0, torch.zeros(4, dtype=torch.complex64)), "complex64"),
+        (TensorShard("b", "master", 0, torch.zeros(4)), "master of 'b' has pieces but no shape"),
+        (TensorShard("a", "master", 4, torch.zeros(4, dtype=torch.float16)), "several dtypes: F16, F32"),
+        (TensorShard("a", "master", 4, torch.zeros(2, 2)), "a 2-D piece at 4"),
+        (TensorShard("a", "rank_state", 0, torch.zeros(4)), "cannot be a kind"),
+        (TensorShard("a", "x/y", 0, torch.zeros(4)), "cannot be a kind"),
+        (TensorShard("a", "x", 0, torch.zeros(4, dtype=torch.complex64)), "complex64"),
     ],
 )
-def test_bad_pieces_are_refused(tmp_path: Path, piece: Piece, message: str) -> None:
+def test_bad_pieces_are_refused(tmp_path: Path, piece: TensorShard, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
-        save(tmp_path, 0, [Piece("a", "master", 0, torch.zeros(4)), piece], {"a": (8,)}, {}, {})
+        save(tmp_path, 0, [TensorShard("a", "master", 0, torch.zeros(4)), piece], {"a": (8,)}, {}, {})
 
 
 def test_wrong_reads_name_what_there_is(tmp_path: Path) -> None:

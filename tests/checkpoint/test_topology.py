@@ -101,7 +101,7 @@ def test_the_state_is_the_sources_bit_for_bit(trained: Path, optimizer: str, sou
         "zero_stage": target.stage,
         "precision": target.precision,
         "accumulation": target.accumulation,
-        "micro_batch": BATCH // target.ranks // target.accumulation,
+        "micro_batch_size": BATCH // target.ranks // target.accumulation,
     }
     counted = written.state["engine"] | {"micro_steps": SAVED_STEP * target.accumulation}
     assert loaded.state == written.state | {"layout": there, "engine": counted}

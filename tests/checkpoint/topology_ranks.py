@@ -30,18 +30,18 @@ from tests.parallel.mixed import Case
 
 SAVED_STEP, LAST_STEP = 4, 7
 BATCH, VOCAB, EXPERTS, RATE = 24, 300, 12, 0.05  # the batch and the experts divide by 1, 2, 3 and 4
-DENSE, SPARSE = tiny.MODEL.blocks
+DENSE, SPARSE = tiny.MODEL.layers
 MIXTURE = replace(
     SPARSE.ffn,
     experts=EXPERTS,
-    router=SigmoidTopK(correction_rate=RATE),
-    balance_weight=0.1,
-    balance_over="sequence",  # so that losses do not depend on how the batch is cut
+    router=SigmoidTopK(expert_bias_update_rate=RATE),
+    aux_loss_coef=0.1,
+    aux_loss_scope="sequence",  # so that losses do not depend on how the batch is cut
 )
-MODEL = replace(tiny.MODEL, vocab=VOCAB, blocks=(DENSE, replace(SPARSE, ffn=MIXTURE)))
+MODEL = replace(tiny.MODEL, vocab_size=VOCAB, layers=(DENSE, replace(SPARSE, ffn=MIXTURE)))
 # with so large an epsilon an update is smooth in the gradient: the last bits of one near zero are not blown up
 OPTIMIZERS: dict[str, Optimizer] = {
-    name: kind(learning_rate=1e-2, clip_norm=0.5, eps=1e-5) for name, kind in kinds(Optimizer).items()
+    name: kind(learning_rate=1e-2, max_grad_norm=0.5, eps=1e-5) for name, kind in kinds(Optimizer).items()
 }
 
 SOURCES = (Case(1, 0, 1, 3, "fp32"), Case(2, 2, 2, 1, "bf16"), Case(4, 3, 4, 2, "fp32"))
@@ -59,7 +59,7 @@ def pairs() -> list[tuple[str, Case, Case]]:
 
 def open_run(world: World, data: str, optimizer: str, case: Case, seed: int) -> tuple[Run, Engine]:
     """The experiment as a layout runs it, and an engine whose weights and generators start from `seed`."""
-    micro_batch = BATCH // case.ranks // case.accumulation
+    micro_batch_size = BATCH // case.ranks // case.accumulation
     run = Run(
         name="topology",
         model=MODEL,
@@ -67,7 +67,7 @@ def open_run(world: World, data: str, optimizer: str, case: Case, seed: int) -> 
         optimizer=OPTIMIZERS[optimizer],
         steps=LAST_STEP,
         batch_tokens=BATCH * tiny.LENGTH,
-        micro_batch=micro_batch,
+        micro_batch_size=micro_batch_size,
         precision=case.precision,
     )
     config = run.fill_config({"zero_optimization": {"stage": case.stage} | ZERO_SETTINGS}, case.precision, world.size)
@@ -88,7 +88,7 @@ class Notes:
             self.mine = batch.sample_ids
             yield batch
 
-    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+    def post_step(self, trainer: Trainer, result: StepResult) -> None:
         """Every rank calls."""
         of_ranks: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(of_ranks, self.mine)
@@ -145,7 +145,9 @@ def name_of(optimizer: str, *cases: Case) -> str:
 
 
 def main(root: str, data: str) -> None:
-    """See the module's text; each training has a folder below `root`, with its checkpoints and `notes.json`."""
+    """Train and save at several layouts; each training has a folder below `root`, with its checkpoints and
+    `notes.json`.
+    """
     world, folder = join_world(60), Path(root)
     starts = [start for start in STARTS if start[1].ranks == world.size]
     waiting = [start for start in starts if not (folder / name_of(*start)).exists()]

@@ -14,7 +14,7 @@ BATCH = small.batch_tokens
 def experts(layers: int, busiest: int) -> dict[str, Any]:
     """The figures of layers with four experts, of which the first has so many choices and the others one each."""
     figures = {"load": [busiest, 1, 1, 1], "max_over_mean": 4 * busiest / (busiest + 3), "dead": 0.0, "balance": 1.0}
-    return {f"blocks.{i}": figures | {"z": 2.0, "entropy": 1.2, "drop_rate": 0.0} for i in range(layers)}
+    return {f"layers.{i}": figures | {"z": 2.0, "entropy": 1.2, "drop_rate": 0.0} for i in range(layers)}
 
 
 def record(step: int, loss: float, seconds: float = 0.5, **more: Any) -> dict[str, Any]:

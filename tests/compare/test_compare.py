@@ -7,15 +7,15 @@ import statistics
 import pytest
 
 from mosaic_dist.compare.compare import compare
+from mosaic_dist.compare.history import read_history
 from mosaic_dist.compare.measures import compare_variants, group, smoothed
-from mosaic_dist.compare.story import read_story
 from mosaic_dist.errors import UserError
 from mosaic_dist.model import count_parameters, flops_per_token
 from mosaic_dist.spec import override
 from recipes.sweeps.small import run as small
 from tests.compare.folders import BATCH, record, write_run
 
-WIDE = {"model__blocks__ffn__width": 768}
+WIDE = {"model__layers__ffn__hidden_dim": 768}
 
 
 def losses(seed: int, start: float) -> list[float]:
@@ -38,7 +38,7 @@ def runs(tmp_path):
 
 
 def stories(runs):
-    return [read_story(path) for path in sorted(runs.iterdir())]
+    return [read_history(path) for path in sorted(runs.iterdir())]
 
 
 def average(values: list[float], half_life: float) -> list[float]:
@@ -61,7 +61,7 @@ def test_points_are_the_largest_that_all_reached(runs):
     assert comparison.points["tokens"] == 10 * BATCH
     assert comparison.points["time"] == 20.0  # the narrow ones; the wide one that ended early took 30 s
     narrow_flops = flops_per_token(small.model, 256) * 20 * BATCH
-    wide = override(small.model, {"blocks.ffn.width": 768})
+    wide = override(small.model, {"layers.ffn.hidden_dim": 768})
     assert comparison.points["flops"] == pytest.approx(min(narrow_flops, flops_per_token(wide, 256) * 10 * BATCH))
 
 
@@ -88,7 +88,7 @@ def test_the_half_life_is_the_same_number_of_tokens_for_all(tmp_path):
     every = write_run(tmp_path / "every", [record(i, loss) for i, loss in enumerate(values, 1)])
     second = write_run(tmp_path / "second", [record(i, values[i - 1]) for i in range(2, 401, 2)])
     for path, half_life, kept in ((every, 8.0, values), (second, 4.0, values[1::2])):
-        assert smoothed(read_story(path), 8.0 * BATCH) == pytest.approx(average(kept, half_life))
+        assert smoothed(read_history(path), 8.0 * BATCH) == pytest.approx(average(kept, half_life))
 
 
 def test_the_table_and_the_picture(runs, capsys):
@@ -148,7 +148,7 @@ def test_variants_are_told_apart_by_what_they_are(tmp_path):
     two = write_run(tmp_path / "b", [record(1, 2.0)], name="x_seed1", seed=1)
     wide = write_run(tmp_path / "c", [record(1, 2.0)], name="x_seed2", seed=2, **WIDE)
     other = write_run(tmp_path / "d", [record(1, 2.0)], name="y")
-    found = group([read_story(path) for path in (one, two, wide, other)])
+    found = group([read_history(path) for path in (one, two, wide, other)])
     assert [(variant.name, len(variant.stories)) for variant in found] == [(str(one), 2), (str(wide), 1), ("y", 1)]
 
 

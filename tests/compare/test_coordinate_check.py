@@ -9,7 +9,7 @@ from mosaic_dist.compare.coordinate_check import PARTS, Measured, at_width, coor
 from mosaic_dist.errors import UserError
 from mosaic_dist.model import GQA, Block, MoE, MuP, RoPE, SwiGLU, Table, Transformer
 from mosaic_dist.optim import AdamW
-from mosaic_dist.plan.command import load_run
+from mosaic_dist.plan.command import load_recipe
 from mosaic_dist.run_spec import Run
 from mosaic_dist.spec import override
 
@@ -17,22 +17,22 @@ WIDTHS = (32, 64, 128)
 RUN = Run(
     name="tiny",
     model=Transformer(
-        vocab=32,
+        vocab_size=32,
         dim=32,
-        context=16,
+        max_seq_len=16,
         embedding=Table(multiplier=8.0),
         position=RoPE(),
-        blocks=(
-            Block(attention=GQA(heads=4, kv_heads=2), ffn=SwiGLU(width=64)),
-            Block(attention=GQA(heads=4, kv_heads=2), ffn=MoE(expert=SwiGLU(width=32), experts=4, top_k=2)),
+        layers=(
+            Block(attention=GQA(heads=4, kv_heads=2), ffn=SwiGLU(hidden_dim=64)),
+            Block(attention=GQA(heads=4, kv_heads=2), ffn=MoE(expert=SwiGLU(hidden_dim=32), experts=4, top_k=2)),
         ),
-        init=MuP(base={"dim": 32, "blocks[0].ffn.width": 64, "blocks[1].ffn.expert.width": 32}),
+        init=MuP(base={"dim": 32, "layers[0].ffn.hidden_dim": 64, "layers[1].ffn.expert.hidden_dim": 32}),
     ),
-    data=load_run("recipes/sweeps/small.py").data,
+    data=load_recipe("recipes/sweeps/small.py").data,
     optimizer=AdamW(learning_rate=5e-3),
     steps=10,
     batch_tokens=64,
-    micro_batch=4,
+    micro_batch_size=4,
 )
 
 
@@ -60,8 +60,8 @@ def test_what_diverged_has_no_slope_and_is_not_flat():
 
 def test_the_base_is_widened_as_a_whole():
     narrow, wide = (at_width(RUN, width, "mup").model for width in (16, 128))
-    assert (narrow.dim, narrow.blocks[0].ffn.width, narrow.blocks[1].ffn.expert.width) == (16, 32, 16)
-    assert (wide.dim, wide.blocks[0].ffn.width, wide.blocks[1].ffn.expert.width) == (128, 256, 128)
+    assert (narrow.dim, narrow.layers[0].ffn.hidden_dim, narrow.layers[1].ffn.expert.hidden_dim) == (16, 32, 16)
+    assert (wide.dim, wide.layers[0].ffn.hidden_dim, wide.layers[1].ffn.expert.hidden_dim) == (128, 256, 128)
     assert wide.init == RUN.model.init
     assert at_width(RUN, 128, "gpt2").model.init.type_name == "gpt2"
 
@@ -80,9 +80,9 @@ def test_changes_keep_their_size_with_mup_and_grow_without():
 
 def test_the_command_draws_and_tells(tmp_path, capsys):
     picture = tmp_path / "check.png"
-    small = {"vocab": 32, "dim": 32, "context": 16, "blocks.ffn.width": 32}
-    flags = {f"model.{name}": value for name, value in small.items()} | {"batch_tokens": 64, "micro_batch": 4}
-    base = {"type": "mup", "base": {"dim": 16, "blocks.ffn.width": 16}}
+    small = {"vocab_size": 32, "dim": 32, "max_seq_len": 16, "layers.ffn.hidden_dim": 32}
+    flags = {f"model.{name}": value for name, value in small.items()} | {"batch_tokens": 64, "micro_batch_size": 4}
+    base = {"type": "mup", "base": {"dim": 16, "layers.ffn.hidden_dim": 16}}
     coordinate_check(
         "recipes/sweeps/small.py", widths=(16, 32), output=str(picture), steps=2, **flags, **{"model.init": base}
     )
@@ -96,11 +96,11 @@ def test_the_command_draws_and_tells(tmp_path, capsys):
     [
         ((64,), {}, "give two at least"),
         ((64, 128), {}, "does not say what widens .* --model.init"),
-        ((64, 128), {"model.init": {"type": "mup", "base": {"blocks.ffn.width": 8}}}, "does not name dim"),
+        ((64, 128), {"model.init": {"type": "mup", "base": {"layers.ffn.hidden_dim": 8}}}, "does not name dim"),
         (
             (64, 100),
-            {"model.init": {"type": "mup", "base": {"dim": 64, "blocks.ffn.width": 8}}},
-            r"--widths 100: blocks\.ffn\.width is 8 at a width of 64, which cannot be scaled",
+            {"model.init": {"type": "mup", "base": {"dim": 64, "layers.ffn.hidden_dim": 8}}},
+            r"--widths 100: layers\.ffn\.hidden_dim is 8 at a width of 64, which cannot be scaled",
         ),
         (
             (64, 66),
@@ -121,8 +121,8 @@ def test_a_recipe_is_needed():
 
 def test_flags_of_the_command_line_name_the_base():
     """As the README writes them: paths with dots in quotes."""
-    word = "{type: mup, base: {dim: 64, 'blocks.ffn.width': 192}}"
+    word = "{type: mup, base: {dim: 64, 'layers.ffn.hidden_dim': 192}}"
     _, flags = parse_words([f"--model.init={word}"])
     assert override(RUN, {"model.init": flags["model.init"]}).model.init == MuP(
-        base={"dim": 64, "blocks.ffn.width": 192}
+        base={"dim": 64, "layers.ffn.hidden_dim": 192}
     )

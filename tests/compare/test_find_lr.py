@@ -60,8 +60,8 @@ def test_a_real_range(tmp_path, monkeypatch, capsys):
     data, steps = tmp_path / "data", 40
     python("-m", "data_prep.arithmetic", "--output", data, "--samples", "60", "--high", "9", "--seq_len", "16",
            "--validation_fraction", "0.35")  # fmt: skip
-    small = {"vocab": 18, "dim": 32, "context": 16, "blocks.ffn.width": 32}
-    flags = {f"model.{name}": value for name, value in small.items()} | {"batch_tokens": 64, "micro_batch": 4}
+    small = {"vocab_size": 18, "dim": 32, "max_seq_len": 16, "layers.ffn.hidden_dim": 32}
+    flags = {f"model.{name}": value for name, value in small.items()} | {"batch_tokens": 64, "micro_batch_size": 4}
     words = {"data": str(data), "output": str(tmp_path / "runs"), "launcher": "python", "data.workers": 0}
     find_lr("recipes/sweeps/small.py", steps=steps, low=1e-5, high=10.0, **words, **flags)
     folder = tmp_path / "runs" / "small_seed0"

@@ -49,7 +49,7 @@ def make_run(folder: Path) -> Path:
     records[4] |= {"validation_loss": 5.25, "save_seconds": 1.5, "save_stall_seconds": 0.25}
     records[9] |= {"validation_loss": 5.5}
     write_run(folder, records, name=NASTY)
-    command = ["a.py", "--data", "s3://key:hidden@bucket/data"]
+    command = ["a.py", "--data", "s3://key:wJalr@bucket/data"]
     (folder / "environment.json").write_text(json.dumps({"command": command, "packages": {"torch": "2.15"}}))
     (folder / "ds_config.json").write_text('{"zero_optimization": {"stage": 2}}\n')
     return folder
@@ -83,7 +83,7 @@ def test_it_tells_all(html):
         assert " ".join(part.split()) in text, part
     assert [tag for tag, _ in parsed.tags].count("img") == 2
     assert "Samples" not in text
-    assert "hidden" not in html
+    assert "wJalr" not in html
 
 
 def test_it_needs_nothing_else(html):
@@ -117,7 +117,7 @@ def test_samples_of_an_exported_model(run, tmp_path):
     letters = "<ab&>"
     tokenizer = character_tokenizer(letters)
     tokenizer.save(run / "tokenizer.json")
-    spec = override(small.model, {"vocab": tokenizer.vocab_size, "dim": 32})
+    spec = override(small.model, {"vocab_size": tokenizer.vocab_size, "dim": 32})
     tensors = spec.build_initialized(0).state_dict()
     named = ((name, tensors[name]) for name in expected_shapes(spec))
     write_model(tmp_path / "model", spec, named, {"run": "x", "step": 0}, run / "tokenizer.json")

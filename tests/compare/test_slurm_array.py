@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from mosaic_dist.compare.sheet import Sweep, plan_runs
+from mosaic_dist.compare.history import read_spec
 from mosaic_dist.compare.slurm_array import write_array
-from mosaic_dist.compare.story import read_spec
+from mosaic_dist.compare.sweep_config import SweepConfig, plan_runs
 from mosaic_dist.errors import UserError
 from recipes.sweeps.small import run as small
 from tests.launch import ROOT
@@ -20,7 +20,7 @@ recipe: recipes/sweeps/small.py
 flags: {data: "it's here", ds_config: ds_configs/zero2.json}
 variants:
   plain: {}
-  gelu: {model.blocks.ffn: {type: gelu, width: 64}, expert_parallel: 2}
+  gelu: {model.layers.ffn: {type: gelu, hidden_dim: 64}, expert_parallel: 2}
 seeds: [0, 1]
 """
 STUB = """
@@ -33,7 +33,7 @@ def script(tmp_path, monkeypatch):
     """The planned runs and their script, in a folder where `launch.sh` tells what it is given."""
     monkeypatch.chdir(ROOT)
     (tmp_path / "sheet.yaml").write_text(SHEET)
-    planned = plan_runs(read_spec(Sweep, tmp_path / "sheet.yaml"), {}, tmp_path / "out")
+    planned = plan_runs(read_spec(SweepConfig, tmp_path / "sheet.yaml"), {}, tmp_path / "out")
     assert write_array(planned, tmp_path / "sheet.yaml", tmp_path / "out") == f"4 runs: sbatch {tmp_path}/out/sweep.sh"
     (tmp_path / "slurm").mkdir()
     (tmp_path / "slurm" / "launch.sh").write_text(STUB)
@@ -78,7 +78,7 @@ def test_the_recipe_words_of_yaml_runs_come_first(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     (tmp_path / "run.yaml").write_text(small.to_yaml())
     (tmp_path / "sheet.yaml").write_text(f"recipe: {tmp_path}/run.yaml\n")
-    planned = plan_runs(read_spec(Sweep, tmp_path / "sheet.yaml"), {}, tmp_path / "out")
+    planned = plan_runs(read_spec(SweepConfig, tmp_path / "sheet.yaml"), {}, tmp_path / "out")
     write_array(planned, tmp_path / "sheet.yaml", tmp_path / "out")
     (line,) = [line for line in (tmp_path / "out" / "sweep.sh").read_text().splitlines() if line.startswith("  0) ")]
     assert "RECIPE=recipes/train.py" in line

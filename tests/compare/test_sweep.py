@@ -14,10 +14,10 @@ import pytest
 from mosaic_dist.checkpoint import newest
 from mosaic_dist.compare import processes
 from mosaic_dist.compare.compare import compare
+from mosaic_dist.compare.history import read_spec
 from mosaic_dist.compare.report import report
-from mosaic_dist.compare.sheet import Sweep, plan_runs
-from mosaic_dist.compare.story import read_spec
 from mosaic_dist.compare.sweep import sweep, tell
+from mosaic_dist.compare.sweep_config import SweepConfig, plan_runs
 from mosaic_dist.errors import UserError
 from mosaic_dist.train.folder import RunFolder
 from mosaic_dist.train.interruption import INTERRUPTED_EXIT_CODE
@@ -32,12 +32,12 @@ PATIENCE_SECONDS = 400.0
 SHEET = """
 recipe: recipes/sweeps/small.py
 flags:
-  model.vocab: 18
+  model.vocab_size: 18
   model.dim: 32
-  model.context: 16
-  model.blocks.ffn.width: 32
+  model.max_seq_len: 16
+  model.layers.ffn.hidden_dim: 32
   batch_tokens: 64
-  micro_batch: 4
+  micro_batch_size: 4
   steps: {steps}
   schedule.warmup_steps: 0
   checkpoint.every_steps: 4
@@ -45,7 +45,7 @@ flags:
   data.workers: 0
 variants:
   gqa: {{}}
-  mqa: {{model.blocks.attention: mqa}}
+  mqa: {{model.layers.attention: mqa}}
 """
 
 
@@ -162,7 +162,7 @@ def launcher(tmp_path, monkeypatch) -> str:
 
 
 def test_a_failed_run_is_told_at_the_end(sheet, launcher, tmp_path, capsys):
-    planned = plan_runs(read_spec(Sweep, sheet), {}, tmp_path / "out")
+    planned = plan_runs(read_spec(SweepConfig, sheet), {}, tmp_path / "out")
     outcomes = processes.run_all(planned, launcher)
     assert [outcome.state for outcome in outcomes] == ["failed", "finished"]
     with pytest.raises(SystemExit) as ended:
@@ -178,7 +178,7 @@ def test_a_failed_run_is_told_at_the_end(sheet, launcher, tmp_path, capsys):
 
 
 def test_a_launcher_that_is_not_there(sheet, tmp_path):
-    planned = plan_runs(read_spec(Sweep, sheet), {}, tmp_path / "out")
+    planned = plan_runs(read_spec(SweepConfig, sheet), {}, tmp_path / "out")
     with pytest.raises(UserError, match="--launcher 'no_such_program': no such program"):
         processes.run_all(planned, "no_such_program")
 
@@ -191,21 +191,21 @@ def test_launchers_are_those_of_the_interpreter(sheet, launcher, tmp_path, monke
     other.chmod(0o755)
     monkeypatch.setenv("PATH", f"{other.parent}{os.pathsep}{os.environ['PATH']}")
     (tmp_path / "stub.sh").write_text('command -v python >>"$CALLS"; exit 1')
-    processes.run_all(plan_runs(read_spec(Sweep, sheet), {}, tmp_path / "out"), launcher)
+    processes.run_all(plan_runs(read_spec(SweepConfig, sheet), {}, tmp_path / "out"), launcher)
     found = (tmp_path / "calls").read_text().split()
     assert {Path(path).parent for path in found} == {Path(sys.executable).parent}
 
 
 def test_the_port_is_a_number(sheet, launcher, tmp_path):
     (tmp_path / "stub.sh").write_text('echo "$1" >>"$CALLS"; exit 1')
-    processes.run_all(plan_runs(read_spec(Sweep, sheet), {}, tmp_path / "out"), f"{launcher} {{port}}")
+    processes.run_all(plan_runs(read_spec(SweepConfig, sheet), {}, tmp_path / "out"), f"{launcher} {{port}}")
     assert all(1024 < int(port) < 65536 for port in (tmp_path / "calls").read_text().split())
 
 
 def test_the_last_step_is_that_of_the_last_whole_record(sheet, tmp_path):
-    one = plan_runs(read_spec(Sweep, sheet), {}, tmp_path)[0]
+    one = plan_runs(read_spec(SweepConfig, sheet), {}, tmp_path)[0]
     assert processes.last_step(one) == 0
-    long = {"blocks.0": {"load": list(range(30_000))}}
+    long = {"layers.0": {"load": list(range(30_000))}}
     write_run(one.folder, [record(i, 2.0) | ({"experts": long} if i % 2 else {}) for i in range(1, 6)])
     assert processes.last_step(one) == 5
     with open(RunFolder(one.folder).metrics, "a") as file:

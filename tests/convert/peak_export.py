@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from mosaic_dist.checkpoint import Checkpoint, Piece, save
+from mosaic_dist.checkpoint import Checkpoint, TensorShard, save
 from mosaic_dist.convert import export_checkpoint
 from mosaic_dist.convert.hugging_face import export_folder
 from mosaic_dist.convert.native import expected_shapes
@@ -22,9 +22,15 @@ from mosaic_dist.model import GQA, Block, RMSNorm, RoPE, SwiGLU, Transformer, Un
 
 def spec(dim: int, layers: int) -> Transformer:
     """Matrices of dim * 8 * dim elements, three to a layer, beside two tables of the same size."""
-    block = Block(attention=GQA(heads=8, kv_heads=8), ffn=SwiGLU(width=8 * dim))
+    block = Block(attention=GQA(heads=8, kv_heads=8), ffn=SwiGLU(hidden_dim=8 * dim))
     return Transformer(
-        vocab=8 * dim, dim=dim, context=64, position=RoPE(), blocks=layers * (block,), norm=RMSNorm(), head=Untied()
+        vocab_size=8 * dim,
+        dim=dim,
+        max_seq_len=64,
+        position=RoPE(),
+        layers=layers * (block,),
+        norm=RMSNorm(),
+        head=Untied(),
     )
 
 
@@ -32,7 +38,7 @@ def write_checkpoint(root: Path, model: Transformer) -> None:
     """Each tensor full of its own number."""
     shapes = expected_shapes(model)
     pieces = [
-        Piece(name, "master", 0, torch.full(shape, float(i)).flatten())
+        TensorShard(name, "master", 0, torch.full(shape, float(i)).flatten())
         for i, (name, shape) in enumerate(shapes.items())
     ]
     save(root, 1, pieces, shapes, {}, {})

@@ -87,7 +87,7 @@ def offloaded(name: str) -> dict[str, torch.Tensor]:
         on_disk = accelerate.disk_offload(load(name), folder, execution_device=cpu)
         found = {"cpu_offload": in_memory(tokens).logits, "disk_offload": on_disk(tokens).logits}
     parts = {"embedding": "cpu", "position": "cpu", "norm": "disk", "head": "cpu"}
-    layers = {f"blocks.{i}": "disk" if i else "cpu" for i in range(len(in_memory.model.blocks))}
+    layers = {f"layers.{i}": "disk" if i else "cpu" for i in range(len(in_memory.model.layers))}
     with tempfile.TemporaryDirectory() as folder:
         places = {f"model.{part}": place for part, place in (parts | layers).items()}
         found["device_map"] = load(name, device_map=places, offload_folder=folder)(tokens).logits

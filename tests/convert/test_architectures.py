@@ -11,8 +11,8 @@ import openai_gptoss_120b
 import pytest
 
 from mosaic_dist.convert.hugging_face import ARCHITECTURES, config_from_spec, spec_from_config
+from mosaic_dist.convert.hugging_face.canonical_form import canonical_form
 from mosaic_dist.convert.hugging_face.standalone import source_code
-from mosaic_dist.convert.hugging_face.twin import canonical
 from mosaic_dist.errors import UserError
 from mosaic_dist.model import GQA, Block, NTKScaling, RMSNorm, RoPE, SwiGLU, Transformer, Untied, count_parameters
 
@@ -109,11 +109,11 @@ MIXTRAL_8X7B = LLAMA_2_7B | {
 }
 
 SMALL_LLAMA = Transformer(
-    vocab=100,
+    vocab_size=100,
     dim=32,
-    context=64,
+    max_seq_len=64,
     position=RoPE(),
-    blocks=2 * (Block(attention=GQA(heads=4, kv_heads=2), ffn=SwiGLU(width=32)),),
+    layers=2 * (Block(attention=GQA(heads=4, kv_heads=2), ffn=SwiGLU(hidden_dim=32)),),
     norm=RMSNorm(),
     head=Untied(),
 )
@@ -134,7 +134,7 @@ def test_deepseek_v3_has_671_billion_parameters_of_which_37_act():
 
 
 def test_published_gpt_oss_is_the_recipe():
-    assert canonical(spec_from_config(GPT_OSS_20B)) == canonical(openai_gptoss_20b.run.model)
+    assert canonical_form(spec_from_config(GPT_OSS_20B)) == canonical_form(openai_gptoss_20b.run.model)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_published_gpt_oss_is_the_recipe():
 def test_recipes_with_a_twin(recipe, model_type):
     config = config_from_spec(recipe.run.model)
     assert config["model_type"] == model_type
-    assert canonical(spec_from_config(config)) == canonical(recipe.run.model)
+    assert canonical_form(spec_from_config(config)) == canonical_form(recipe.run.model)
 
 
 def test_a_model_without_twin_is_refused_with_a_reason_per_architecture():
@@ -157,7 +157,7 @@ def test_a_model_without_twin_is_refused_with_a_reason_per_architecture():
         config_from_spec(mosaic_small.run.model)
     told = str(refused.value).splitlines()[1:]
     assert [line.split(":")[0].strip() for line in told] == list(ARCHITECTURES)
-    assert told[-1].endswith("blocks[0].ffn.router is 'softmax_top_k', not 'sigmoid_top_k'")
+    assert told[-1].endswith("layers[0].ffn.router is 'softmax_top_k', not 'sigmoid_top_k'")
 
 
 @pytest.mark.parametrize(
@@ -165,16 +165,19 @@ def test_a_model_without_twin_is_refused_with_a_reason_per_architecture():
     [
         ({"position": RoPE(scaling=NTKScaling(factor=2.0))}, "llama: position.scaling is 'ntk'"),
         (
-            {"blocks": (*SMALL_LLAMA.blocks, Block(attention=GQA(heads=4, kv_heads=4), ffn=SwiGLU(width=32)))},
-            r"llama: blocks\[2\].attention.kv_heads is 4, and would be 2",
+            {"layers": (*SMALL_LLAMA.layers, Block(attention=GQA(heads=4, kv_heads=4), ffn=SwiGLU(hidden_dim=32)))},
+            r"llama: layers\[2\].attention.kv_heads is 4, and would be 2",
         ),
         (
             {
-                "blocks": (
-                    Block(attention=GQA(heads=4, kv_heads=4, soft_cap=3.0, kernel="explicit"), ffn=SwiGLU(width=4)),
+                "layers": (
+                    Block(
+                        attention=GQA(heads=4, kv_heads=4, logit_softcap=3.0, kernel="explicit"),
+                        ffn=SwiGLU(hidden_dim=4),
+                    ),
                 )
             },
-            r"llama: blocks\[0\].attention.soft_cap is 3.0, and would be None",
+            r"llama: layers\[0\].attention.logit_softcap is 3.0, and would be None",
         ),
     ],
 )
@@ -185,8 +188,8 @@ def test_what_an_architecture_cannot_say_is_told(change, reason):
 
 
 def test_dropout_is_the_runs_and_plays_no_part():
-    blocks = tuple(dataclasses.replace(block, dropout=0.1) for block in SMALL_LLAMA.blocks)
-    assert config_from_spec(dataclasses.replace(SMALL_LLAMA, blocks=blocks)) == config_from_spec(SMALL_LLAMA)
+    blocks = tuple(dataclasses.replace(block, dropout=0.1) for block in SMALL_LLAMA.layers)
+    assert config_from_spec(dataclasses.replace(SMALL_LLAMA, layers=blocks)) == config_from_spec(SMALL_LLAMA)
 
 
 class OtherBlock(Block, type="test_other_block"):
@@ -194,9 +197,9 @@ class OtherBlock(Block, type="test_other_block"):
 
 
 def test_a_block_of_another_kind_has_no_twin():
-    blocks = tuple(OtherBlock(attention=block.attention, ffn=block.ffn) for block in SMALL_LLAMA.blocks)
-    spec = dataclasses.replace(SMALL_LLAMA, blocks=blocks)
-    with pytest.raises(UserError, match=r"llama: blocks\[0\].type is 'test_other_block', and would be 'prenorm'"):
+    blocks = tuple(OtherBlock(attention=block.attention, ffn=block.ffn) for block in SMALL_LLAMA.layers)
+    spec = dataclasses.replace(SMALL_LLAMA, layers=blocks)
+    with pytest.raises(UserError, match=r"llama: layers\[0\].type is 'test_other_block', and would be 'prenorm'"):
         config_from_spec(spec)
     with pytest.raises(UserError, match="only models made of mosaic_dist's own parts"):
         source_code(spec)

@@ -13,15 +13,15 @@ from tests.convert.test_twins import BOUND, relative
 from tests.convert.twins import make_twin, tokens, transformers
 
 QWEN = Transformer(
-    vocab=61,
+    vocab_size=61,
     dim=32,
-    context=64,
+    max_seq_len=64,
     position=RoPE(),
-    blocks=2
+    layers=2
     * (
         Block(
             attention=GQA(heads=4, kv_heads=2, qk_norm=True),
-            ffn=MoE(expert=SwiGLU(width=24), experts=4, top_k=2, router=SoftmaxTopK(normalize=True)),
+            ffn=MoE(expert=SwiGLU(hidden_dim=24), experts=4, top_k=2, router=SoftmaxTopK(normalize=True)),
         ),
     ),
     norm=RMSNorm(eps=1e-5),
@@ -45,11 +45,11 @@ def test_a_model_is_exported_without_its_run(tmp_path, capsys):
 
 
 def test_a_part_that_fits_no_architecture_is_named(tmp_path, capsys):
-    native = written(override(QWEN, {"blocks.attention.qk_norm_eps": 1e-6}), tmp_path / "native")
+    native = written(override(QWEN, {"layers.attention.qk_norm_eps": 1e-6}), tmp_path / "native")
     export(str(tmp_path / "hf"), model=str(native), format="hf")
     told = capsys.readouterr().out
-    assert "qwen3_moe: blocks[0].attention.qk_norm_eps is 1e-06, and would be 1e-05\n" in told
-    assert "gpt2: blocks[0].ffn is 'moe', not 'gelu'\n" in told
+    assert "qwen3_moe: layers[0].attention.qk_norm_eps is 1e-06, and would be 1e-05\n" in told
+    assert "gpt2: layers[0].ffn is 'moe', not 'gelu'\n" in told
     assert told.endswith("trust_remote_code=True)\n")
 
 
@@ -90,7 +90,7 @@ def test_options_that_exclude_each_other_are_refused(options, message, tmp_path)
 
 
 def test_packed_matrices_are_refused(tmp_path):
-    spec = override(QWEN, {"blocks.attention.matrix": {"type": "ternary"}})
+    spec = override(QWEN, {"layers.attention.linear": {"type": "ternary"}})
     native = written(spec, tmp_path / "native", ternary="packed")
     with pytest.raises(UserError, match="holds packed ternary matrices, which transformers cannot read"):
         export(str(tmp_path / "hf"), model=str(native), format="hf")

@@ -6,7 +6,7 @@ import warnings
 import pytest
 
 from mosaic_dist.convert.hugging_face import ARCHITECTURES, config_from_spec, spec_from_config
-from mosaic_dist.convert.hugging_face.twin import canonical
+from mosaic_dist.convert.hugging_face.canonical_form import canonical_form
 from mosaic_dist.errors import UserError
 from mosaic_dist.model import YaRN
 from tests.convert.twins import (
@@ -62,7 +62,7 @@ def model(config):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return canonical(spec_from_config(config))
+            return canonical_form(spec_from_config(config))
     except UserError:
         return None
 
@@ -128,11 +128,11 @@ def test_null_scaling_of_gpt_oss_means_what_its_version_takes_it_for(version, fa
 def test_the_clamps_of_gpt_oss_are_settings_since_transformers_5_19():
     config = {"model_type": "gpt_oss", **GPT_OSS, "swiglu_limit": 5.0, "swiglu_alpha": 1.5}
     spec = spec_from_config(config | {"transformers_version": "5.24.0"})
-    assert (spec.blocks[0].ffn.expert.limit, spec.blocks[0].ffn.expert.alpha) == (5.0, 1.5)
+    assert (spec.layers[0].ffn.expert.limit, spec.layers[0].ffn.expert.alpha) == (5.0, 1.5)
     for version in ("4.57.1", "5.18.0"):
         with pytest.raises(UserError, match=r"swiglu_limit = 5.0 cannot be represented"):
             spec_from_config(config | {"transformers_version": version})
-    with pytest.raises(UserError, match=r"gpt_oss: blocks\[0\].ffn.expert.limit is 5.0, and would be 7.0"):
+    with pytest.raises(UserError, match=r"gpt_oss: layers\[0\].ffn.expert.limit is 5.0, and would be 7.0"):
         config_from_spec(spec)  # transformers 4 would take 7
 
 

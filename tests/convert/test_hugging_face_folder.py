@@ -94,8 +94,10 @@ def sentencepiece_words(folder: Path) -> Tokenizer:
 def test_tokenizer_goes_along_and_ends_generation(tmp_path, kind):
     words = train_bpe(["one two three " * 50], 265) if kind == "bpe" else sentencepiece_words(tmp_path)
     words.save(tmp_path / "tokenizer.json")
-    block = Block(attention=GQA(heads=4, kv_heads=2), ffn=SwiGLU(width=32))
-    spec = Transformer(vocab=320, dim=32, context=32, position=RoPE(), blocks=2 * (block,), norm=RMSNorm(), head=Tied())
+    block = Block(attention=GQA(heads=4, kv_heads=2), ffn=SwiGLU(hidden_dim=32))
+    spec = Transformer(
+        vocab_size=320, dim=32, max_seq_len=32, position=RoPE(), layers=2 * (block,), norm=RMSNorm(), head=Tied()
+    )
     model = spec.build_initialized(0)
     folder = export_folder(spec, tensors_of(model), tmp_path / "hf", "fp32", tmp_path / "tokenizer.json")
     loaded = transformers.AutoTokenizer.from_pretrained(folder)
@@ -158,7 +160,7 @@ def test_tensor_of_another_shape_is_refused(copy):
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
         ({"add_cross_attention": True}, "add_cross_attention = True"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config = .*'fp8'"),
-        ({"n_positions": "64"}, "describes no model that can be built: context"),
+        ({"n_positions": "64"}, "describes no model that can be built: max_seq_len"),
         ({"n_head": 5}, "5 heads must divide the model's width"),
         ({"n_embd": None}, "n_embd = None must be a whole number"),
     ],

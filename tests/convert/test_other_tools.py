@@ -27,20 +27,20 @@ from tests.convert.twins import transformers
 from tests.data import foreign
 
 LLAMA = Transformer(
-    vocab=1,
+    vocab_size=1,
     dim=32,
-    context=64,
+    max_seq_len=64,
     position=RoPE(),
-    blocks=2 * (Block(attention=GQA(heads=4, kv_heads=2), ffn=SwiGLU(width=48)),),
+    layers=2 * (Block(attention=GQA(heads=4, kv_heads=2), ffn=SwiGLU(hidden_dim=48)),),
     norm=RMSNorm(),
     head=Untied(),
 )
 GPT2 = Transformer(
-    vocab=1,
+    vocab_size=1,
     dim=32,
-    context=64,
+    max_seq_len=64,
     position=Learned(),
-    blocks=2 * (Block(attention=MHA(heads=4, bias=True), ffn=GELU(width=40, bias=True)),),
+    layers=2 * (Block(attention=MHA(heads=4, bias=True), ffn=GELU(hidden_dim=40, bias=True)),),
     norm=LayerNorm(),
     head=Tied(),
 )
@@ -69,7 +69,7 @@ def exported(request, tmp_path):
     torch.set_num_threads(1)
     spec, make_words = request.param
     words = Tokenizer.load(make_words(tmp_path))
-    model = dataclasses.replace(spec, vocab=words.vocab_size).build_initialized(0).eval()
+    model = dataclasses.replace(spec, vocab_size=words.vocab_size).build_initialized(0).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for values in model.parameters():
@@ -104,7 +104,7 @@ def test_gpt2_has_the_keys_that_tools_read(exported):
     """llama.cpp's converter reads `n_ctx`; what it and others find besides is what transformers itself saves."""
     model, words, folder = exported
     config = json.loads((folder / "config.json").read_text())
-    assert config["n_ctx"] == config["n_positions"] == model.spec.context
+    assert config["n_ctx"] == config["n_positions"] == model.spec.max_seq_len
     saved = transformers.AutoConfig.from_pretrained(folder).to_dict()
     of_its_own = set(transformers.GPT2Config().to_dict()) - set(transformers.PretrainedConfig().to_dict())
     needed = {key for key in of_its_own - TRAINING if not key.startswith("summary_")}

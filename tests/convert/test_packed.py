@@ -12,23 +12,26 @@ from safetensors.torch import load_file, save_file
 from mosaic_dist.convert import load_exported, write_model
 from mosaic_dist.errors import UserError
 from mosaic_dist.files import checksum
-from mosaic_dist.model import GQA, Block, RMSNorm, RoPE, SwiGLU, TernaryMatrix, Tied, Transformer
+from mosaic_dist.model import GQA, Block, RMSNorm, RoPE, SwiGLU, TernaryLinearKind, Tied, Transformer
 from mosaic_dist.spec import override
 
 SMALL = {
-    "vocab": 61,
+    "vocab_size": 61,
     "dim": 64,
-    "context": 32,
-    "blocks.attention.heads": 2,
-    "blocks.attention.kv_compression_dim": 16,
-    "position.width": 8,
-    "blocks.ffn.expert.width": 96,
-    "blocks.ffn.experts": 4,
+    "max_seq_len": 32,
+    "layers.attention.heads": 2,
+    "layers.attention.kv_compression_dim": 16,
+    "position.rope_head_dim": 8,
+    "layers.ffn.expert.hidden_dim": 96,
+    "layers.ffn.experts": 4,
 }
 MIXED = override(mosaic_ternary.run.model, SMALL)
 MIXED = dataclasses.replace(
     MIXED,
-    blocks=(MIXED.blocks[0], dataclasses.replace(MIXED.blocks[1], ffn=SwiGLU(width=96, matrix=TernaryMatrix()))),
+    layers=(
+        MIXED.layers[0],
+        dataclasses.replace(MIXED.layers[1], ffn=SwiGLU(hidden_dim=96, linear=TernaryLinearKind())),
+    ),
 )
 """Stacks of experts, their shared one, and a dense network."""
 
@@ -152,7 +155,7 @@ def damage(folder, change):
     (folder / "checksums.json").write_text(json.dumps(sums))
 
 
-NAME = "blocks.1.ffn.network.down.weight"
+NAME = "layers.1.ffn.network.down.weight"
 
 
 @pytest.mark.parametrize(
@@ -164,7 +167,7 @@ NAME = "blocks.1.ffn.network.down.weight"
             lambda tensors: tensors[f"{NAME}.scale"].fill_(torch.nan),
             r"down.weight.scale \[\] should be \[\] of positive",
         ),
-        (lambda tensors: tensors.pop(f"{NAME}.scale"), r"missing \['blocks.1.ffn.network.down.weight'\]"),
+        (lambda tensors: tensors.pop(f"{NAME}.scale"), r"missing \['layers.1.ffn.network.down.weight'\]"),
         (lambda tensors: tensors.update({NAME: torch.ones(64, 96)}), "is not packed, though config.json says so"),
     ],
 )
@@ -186,8 +189,10 @@ def test_a_damaged_byte_is_refused(model, tmp_path):
 
 
 def test_a_model_without_ternary_matrices_is_refused(tmp_path):
-    block = Block(attention=GQA(heads=4, kv_heads=2), ffn=SwiGLU(width=32))
-    spec = Transformer(vocab=61, dim=32, context=32, position=RoPE(), blocks=(block,), norm=RMSNorm(), head=Tied())
+    block = Block(attention=GQA(heads=4, kv_heads=2), ffn=SwiGLU(hidden_dim=32))
+    spec = Transformer(
+        vocab_size=61, dim=32, max_seq_len=32, position=RoPE(), layers=(block,), norm=RMSNorm(), head=Tied()
+    )
     with pytest.raises(UserError, match="no ternary matrices to pack; leave --ternary out"):
         write(spec.build_initialized(0), tmp_path / "model", ternary="packed")
     assert list(tmp_path.iterdir()) == []

@@ -15,13 +15,15 @@ from mosaic_dist.convert import load_exported, write_model
 from mosaic_dist.convert.hugging_face import export_folder, import_folder
 from mosaic_dist.data.tokenizer import train_bpe
 from mosaic_dist.errors import UserError
-from mosaic_dist.evaluate.subject import Subject
+from mosaic_dist.evaluate.model_source import ModelSource
 from mosaic_dist.model import GQA, Block, RMSNorm, RoPE, SwiGLU, Tied, Transformer
 from mosaic_dist.train.initial import open_initial
 from tests.train.initial import asking
 
-BLOCK = Block(attention=GQA(heads=4, kv_heads=2), ffn=SwiGLU(width=32))
-SPEC = Transformer(vocab=61, dim=32, context=32, position=RoPE(), blocks=2 * (BLOCK,), norm=RMSNorm(), head=Tied())
+BLOCK = Block(attention=GQA(heads=4, kv_heads=2), ffn=SwiGLU(hidden_dim=32))
+SPEC = Transformer(
+    vocab_size=61, dim=32, max_seq_len=32, position=RoPE(), layers=2 * (BLOCK,), norm=RMSNorm(), head=Tied()
+)
 ONE_FILE, SHARDS = 10**9, 20_000
 
 
@@ -38,7 +40,7 @@ def hugging_face(folder: Path, step: int, max_bytes: int) -> Path:
 
 
 def start_from(folder: Path) -> None:
-    """What a run does with `--initial_model`, up to the reading of weights."""
+    """What a run does with `--init_from`, up to the reading of weights."""
     data = SimpleNamespace(path="data", tokenizer="none")
     weights = open_initial(asking(folder, SPEC), data, Path("none"))
     assert weights is not None
@@ -46,7 +48,7 @@ def start_from(folder: Path) -> None:
 
 
 def evaluate_with_transformers(folder: Path) -> None:
-    with Subject(model=str(folder)).open().in_hugging_face_form():
+    with ModelSource(model=str(folder)).open().in_hugging_face_form():
         pass
 
 
@@ -54,7 +56,7 @@ READERS: dict[str, list[Callable[[Path], object]]] = {
     "native": [
         load_exported,
         start_from,
-        lambda folder: Subject(model=str(folder)).open().load(),
+        lambda folder: ModelSource(model=str(folder)).open().load(),
         lambda folder: inspect(str(folder)),
         lambda folder: verify(str(folder)),
     ],
@@ -62,7 +64,7 @@ READERS: dict[str, list[Callable[[Path], object]]] = {
         import_folder,
         start_from,
         evaluate_with_transformers,
-        lambda folder: Subject(model=str(folder)).open().load(),
+        lambda folder: ModelSource(model=str(folder)).open().load(),
         lambda folder: import_model(str(folder), str(folder.parent / "imported")),
         lambda folder: inspect(str(folder)),
         lambda folder: verify(str(folder)),

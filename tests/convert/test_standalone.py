@@ -46,42 +46,42 @@ from tests.launch import ROOT, clean_environment
 
 LENGTH, GAP, WORDS = 9, 3, 61
 WIDER, NARROWER = 70, 50  # as in standalone_loads.py
-SMALL = {"vocab": WORDS, "dim": 32, "context": 32, "blocks.attention.heads": 2}
+SMALL = {"vocab_size": WORDS, "dim": 32, "max_seq_len": 32, "layers.attention.heads": 2}
 LATENT = SMALL | {
-    "blocks.attention.kv_compression_dim": 16,
-    "position.width": 8,
-    "blocks.ffn.expert.width": 24,
-    "blocks.ffn.experts": 4,
+    "layers.attention.kv_compression_dim": 16,
+    "position.rope_head_dim": 8,
+    "layers.ffn.expert.hidden_dim": 24,
+    "layers.ffn.experts": 4,
 }
 
 
 def cut(spec: Transformer) -> Transformer:
-    return dataclasses.replace(spec, blocks=spec.blocks[:2])
+    return dataclasses.replace(spec, layers=spec.layers[:2])
 
 
 MODELS = {
     "latent": cut(override(mosaic_small.run.model, LATENT)),
     "ternary": cut(override(mosaic_ternary.run.model, LATENT)),
-    "nano": cut(override(nano_gpt.run.model, SMALL | {"blocks.ffn.width": 48})),
+    "nano": cut(override(nano_gpt.run.model, SMALL | {"layers.ffn.hidden_dim": 48})),
     "linear": Transformer(
-        vocab=WORDS,
+        vocab_size=WORDS,
         dim=32,
-        context=32,
+        max_seq_len=32,
         position=RoPE(),
-        blocks=2 * (Block(attention=LinearAttention(heads=2, chunk=4), ffn=GELU(width=48)),),
+        layers=2 * (Block(attention=LinearAttention(heads=2, chunk=4), ffn=GELU(hidden_dim=48)),),
         norm=RMSNorm(),
         head=Untied(),
         init=MuP(base={"dim": 16}),
     ),
     "bf16": Transformer(
-        vocab=WORDS,
+        vocab_size=WORDS,
         dim=32,
-        context=32,
+        max_seq_len=32,
         position=ALiBi(),
-        blocks=(
+        layers=(
             Block(
-                attention=MHA(heads=4, soft_cap=5.0, kernel="explicit", window=5),
-                ffn=MoE(expert=SwiGLU(width=24), experts=4, router=SigmoidTopK()),
+                attention=MHA(heads=4, logit_softcap=5.0, kernel="explicit", sliding_window=5),
+                ffn=MoE(expert=SwiGLU(hidden_dim=24), experts=4, router=SigmoidTopK()),
             ),
         ),
         head=UnitHead(tied=True),
@@ -134,7 +134,7 @@ def root(tmp_path_factory):
         dtype = "bf16" if name == "bf16" else "fp32"
         export_folder(MODELS[name], tensors_of(make(name)), root / name, dtype, max_shard_bytes=30_000)
     train_bpe(["one two three " * 50], 265).save(root / "tokenizer.json")
-    words = dataclasses.replace(MODELS["nano"], vocab=320)
+    words = dataclasses.replace(MODELS["nano"], vocab_size=320)
     tensors = tensors_of(words.build_initialized(0))
     export_folder(words, tensors, root / "words", "fp32", root / "tokenizer.json")
     for version in LEFT_OUT_BY:
@@ -211,7 +211,7 @@ def test_embeddings_stand_for_tokens(name, outputs):
 @torch.no_grad()
 def test_hidden_states_are_what_layers_and_head_see(name, outputs):
     model, seen = make(name), []
-    for module in (*model.blocks, model.head):
+    for module in (*model.layers, model.head):
         module.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     model(inputs()["tokens"])
     states = [outputs[f"{name}/state {i}"] for i in range(len(seen))]
@@ -230,7 +230,7 @@ def test_checkpointed_layers_have_the_same_gradients_in_less_memory(name, output
 @pytest.mark.parametrize("rows", [WIDER, NARROWER])
 def test_resized_models_are_models_of_so_many_tokens(name, rows, root, outputs):
     spec, found = import_folder(root / f"{name}-{rows}")
-    assert spec == dataclasses.replace(MODELS[name], vocab=rows)
+    assert spec == dataclasses.replace(MODELS[name], vocab_size=rows)
     model = spec.build().eval()
     tensors = dict(found)
     for key, values in tensors_of(model).items():

@@ -13,8 +13,10 @@ from mosaic_dist.model import GQA, Block, RMSNorm, RoPE, SwiGLU, Tied, Transform
 from tests.data import foreign
 from tests.data.foreign import CHAT
 
-BLOCK = Block(attention=GQA(heads=2, kv_heads=1), ffn=SwiGLU(width=16))
-SPEC = Transformer(vocab=320, dim=16, context=32, position=RoPE(), blocks=(BLOCK,), norm=RMSNorm(), head=Tied())
+BLOCK = Block(attention=GQA(heads=2, kv_heads=1), ffn=SwiGLU(hidden_dim=16))
+SPEC = Transformer(
+    vocab_size=320, dim=16, max_seq_len=32, position=RoPE(), layers=(BLOCK,), norm=RMSNorm(), head=Tied()
+)
 
 
 def test_end_tokens_and_chat_template_survive(tmp_path, monkeypatch):
@@ -33,7 +35,7 @@ def test_end_tokens_and_chat_template_survive(tmp_path, monkeypatch):
         assert network.generation_config.eos_token_id == list(words.stop_ids)
         config = json.loads((tmp_path / folder / "config.json").read_text())
         assert (config["bos_token_id"], config["eos_token_id"]) == (words.bos_id, list(words.stop_ids))
-    assert load_exported(tmp_path / "native").spec.vocab == SPEC.vocab  # proves the checksums of all files
+    assert load_exported(tmp_path / "native").spec.vocab_size == SPEC.vocab_size  # proves the checksums of all files
     stops = []
     monkeypatch.setattr(models, "generate_tokens", lambda *words: stops.append(words[-1]) or iter(()))
     models.generate(str(tmp_path / "native"), "one")

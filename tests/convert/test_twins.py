@@ -10,7 +10,7 @@ from mosaic_dist.convert.hugging_face import (
     weights_to_hugging_face,
     weights_to_ours,
 )
-from mosaic_dist.convert.hugging_face.twin import canonical, first_difference
+from mosaic_dist.convert.hugging_face.canonical_form import canonical_form, first_difference
 from mosaic_dist.spec import override
 from tests.convert.twins import TWINS, bare_config, gradients, make_twin, saved_configs, state, tokens, transformers
 
@@ -27,16 +27,16 @@ UNDONE = [
     ("llama-yarn", {"position.scaling.beta_fast": 2.0}),
     ("llama-3.1", {"position.scaling.high_frequency_factor": 2.0}),
     ("llama-options", {"norm.eps": 1e-5}),
-    ("mixtral-window", {"blocks.attention.window": 10}),
-    ("gpt_oss", {"blocks[0].attention.window": 8}),
+    ("mixtral-window", {"layers.attention.sliding_window": 10}),
+    ("gpt_oss", {"layers[0].attention.sliding_window": 8}),
     ("gpt_oss", {"position.scaling.truncate": True}),
-    ("gpt_oss", {"blocks.ffn.expert.limit": 1.0}),
-    ("qwen3_moe", {"blocks[0].ffn.router.normalize": False}),
-    ("qwen3_moe-options", {"blocks.attention.qk_norm_eps": 1e-6}),
-    ("deepseek_v3", {"blocks.attention.score_scale": 1.0}),
-    ("deepseek_v3", {"blocks[1].ffn.router.groups": 1, "blocks[1].ffn.router.top_groups": 1}),
+    ("gpt_oss", {"layers.ffn.expert.limit": 1.0}),
+    ("qwen3_moe", {"layers[0].ffn.router.normalize": False}),
+    ("qwen3_moe-options", {"layers.attention.qk_norm_eps": 1e-6}),
+    ("deepseek_v3", {"layers.attention.softmax_scale": 1.0}),
+    ("deepseek_v3", {"layers[1].ffn.router.num_groups": 1, "layers[1].ffn.router.topk_groups": 1}),
     ("deepseek_v3-sharp", {"position.scaling.attention_factor": 1.0}),
-    ("deepseek_v3-plain", {"blocks.ffn.router.scale": 1.0}),
+    ("deepseek_v3-plain", {"layers.ffn.router.scale": 1.0}),
 ]
 
 
@@ -46,7 +46,7 @@ def relative(found: torch.Tensor, right: torch.Tensor) -> float:
 
 
 def differing(found, right) -> str | None:
-    return first_difference(canonical(found).to_dict(), canonical(right).to_dict())
+    return first_difference(canonical_form(found).to_dict(), canonical_form(right).to_dict())
 
 
 def ours_from(twin):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mosaic_dist.checkpoint import Piece, save
+from mosaic_dist.checkpoint import TensorShard, save
 from mosaic_dist.commands.folders import inspect, verify
 from mosaic_dist.convert import write_model
 from mosaic_dist.convert.hugging_face import export_folder
@@ -16,8 +16,10 @@ from mosaic_dist.errors import UserError
 from mosaic_dist.model import GQA, Block, RMSNorm, RoPE, SwiGLU, Tied, Transformer
 from recipes.t4_moe import run as recipe
 
-BLOCK = Block(attention=GQA(heads=4, kv_heads=2), ffn=SwiGLU(width=32))
-SPEC = Transformer(vocab=61, dim=32, context=32, position=RoPE(), blocks=2 * (BLOCK,), norm=RMSNorm(), head=Tied())
+BLOCK = Block(attention=GQA(heads=4, kv_heads=2), ffn=SwiGLU(hidden_dim=32))
+SPEC = Transformer(
+    vocab_size=61, dim=32, max_seq_len=32, position=RoPE(), layers=2 * (BLOCK,), norm=RMSNorm(), head=Tied()
+)
 
 
 def weights() -> dict[str, torch.Tensor]:
@@ -28,7 +30,9 @@ def save_step(root: Path, step: int, leave_out: str = "") -> Path:
     """Masters and one moment, as a run of one process would write them."""
     values = {name: tensor.detach() for name, tensor in weights().items() if name != leave_out}
     pieces = [
-        Piece(name, kind, 0, tensor.flatten()) for name, tensor in values.items() for kind in ("master", "exp_avg")
+        TensorShard(name, kind, 0, tensor.flatten())
+        for name, tensor in values.items()
+        for kind in ("master", "exp_avg")
     ]
     state = {"progress": {"step": step, "tokens": 10 * step}, "data": {"cursor": step, "fingerprint": {"seed": 3}}}
     return save(root, step, pieces, {name: tuple(tensor.shape) for name, tensor in values.items()}, state, {})

@@ -82,7 +82,7 @@ def make(tokenizer: str, source: str, output: Path) -> None:
 
 
 def main(tokenizer: str, source: str, folder: str, seed: str) -> None:
-    """See above."""
+    """Prepare once undisturbed, then ten times with kills, and print the steps of each one's kills."""
     no_threads()
     mds.open_writer(str(Path(folder, "imports")), "uint16", 1, None, None).finish()
     shutil.rmtree(Path(folder, "imports"))

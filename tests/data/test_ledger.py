@@ -7,7 +7,7 @@ import pytest
 
 from mosaic_dist.data import Data
 from mosaic_dist.data.dataset import DatasetInfo
-from mosaic_dist.data.mixture import Corpus, Part, mix
+from mosaic_dist.data.mixture import Corpus, MixtureSource, mix
 from mosaic_dist.data.stream import Loader
 
 BATCH = 32
@@ -19,7 +19,7 @@ def corpus(request, dataset, other) -> Corpus:
     if request.param == "one dataset":
         return dataset
     infos = {"a": (dataset, PROPORTIONS[0]), "b": (other, PROPORTIONS[1])}
-    return mix([Part(name=n, info=info, split="train", proportion=p) for n, (info, p) in infos.items()])
+    return mix([MixtureSource(name=n, info=info, split="train", proportion=p) for n, (info, p) in infos.items()])
 
 
 def read(corpus: Corpus, ranks: int, workers: int, steps: int, state: dict | None) -> tuple[list[list[int]], dict]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mosaic_dist.data import Data, mixture
-from mosaic_dist.data.mixture import MixedOrder, Part, mix, shares, turns
+from mosaic_dist.data.mixture import MixedOrder, MixtureSource, interleave, mix, shares
 from mosaic_dist.data.order import Order
 from mosaic_dist.data.settings import Stream, read_data_word, stream_names
 from mosaic_dist.data.stream import Loader
@@ -42,7 +42,7 @@ def test_proportions_that_never_come_out_even_are_rounded():
     "counts", [[1], [7, 3], [1, 1, 1], [5, 3, 2], [1, 1, 1, 1000], [997, 13, 211, 1, 1], [333, 333, 334], [99, 1] * 4]
 )
 def test_every_prefix_is_within_one_sample_of_the_proportions(counts):
-    found, length = turns(counts).tolist(), sum(counts)
+    found, length = interleave(counts).tolist(), sum(counts)
     assert len(found) == length
     seen = [0] * len(counts)
     for position, stream in enumerate(found, 1):
@@ -73,8 +73,8 @@ def loader(corpus, state=None, seed=1) -> Loader:
 
 def test_a_mixture_reads_what_its_datasets_hold(dataset, other):
     mixed = mix([
-        Part(name="a", info=dataset, split="train", proportion=3.0),
-        Part(name="b", info=other, split="validation", proportion=1.0),
+        MixtureSource(name="a", info=dataset, split="train", proportion=3.0),
+        MixtureSource(name="b", info=other, split="validation", proportion=1.0),
     ])  # fmt: skip
     made = loader(mixed)
     first = dataset.splits["train"].samples
@@ -94,7 +94,7 @@ def test_a_mixture_reads_what_its_datasets_hold(dataset, other):
 def test_the_state_covers_streams_and_proportions(dataset, other):
     def mixed(**changes):
         first = {"name": "a", "info": dataset, "split": "train", "proportion": 0.5}
-        return mix([Part(**first), Part(**(first | {"name": "b", "info": other} | changes))])
+        return mix([MixtureSource(**first), MixtureSource(**(first | {"name": "b", "info": other} | changes))])
 
     state = json.loads(json.dumps(loader(mixed()).state()))
     loader(mixed(name="c"), state)  # names are for people
@@ -114,7 +114,7 @@ def test_the_state_covers_streams_and_proportions(dataset, other):
 def test_datasets_that_do_not_fit_are_named(dataset, other, field):
     odd = replace(other, **{field: "0" if field == "tokenizer" else 7})
     with pytest.raises(UserError, match=rf"{dataset.path} and {odd.path} cannot be mixed: their {field} are .* and"):
-        mix([Part(name=info.path.name, info=info, split="train", proportion=1.0) for info in (dataset, odd)])
+        mix([MixtureSource(name=info.path.name, info=info, split="train", proportion=1.0) for info in (dataset, odd)])
 
 
 def test_a_mixture_from_settings(dataset, other):

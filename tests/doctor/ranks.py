@@ -10,24 +10,24 @@ from pathlib import Path
 import torch
 
 from mosaic_dist.doctor import examine, machine, storage
+from mosaic_dist.doctor.check_result import CheckResult
 from mosaic_dist.doctor.exchange import check_exchange
 from mosaic_dist.doctor.machine import check_clock, check_devices, check_memory, check_versions
-from mosaic_dist.doctor.party import Party
-from mosaic_dist.doctor.row import Row
+from mosaic_dist.doctor.rank_group import RankGroup
 from mosaic_dist.doctor.storage import check_storage
 from mosaic_dist.parallel import join_world, leave_world
 
 true_time, true_versions = time.time, machine.versions
 
 
-def main(folder: Path, is_faulty: bool) -> dict[str, Row]:
+def main(folder: Path, is_faulty: bool) -> dict[str, CheckResult]:
     """The rows of each fault."""
     os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
     storage.VISIBLE_SECONDS = 1.0
     world = join_world(60)
-    party = Party(world)
+    party = RankGroup(world)
 
-    def fault(module: object, name: str, value: object, check: Callable[[Party], Row]) -> Row:
+    def fault(module: object, name: str, value: object, check: Callable[[RankGroup], CheckResult]) -> CheckResult:
         """What a check finds when something of a module is another in rank 1."""
         was = getattr(module, name)
         setattr(module, name, value if is_faulty else was)
@@ -55,7 +55,7 @@ def main(folder: Path, is_faulty: bool) -> dict[str, Row]:
     return found
 
 
-def broken(party: Party, is_faulty: bool) -> Row:
+def broken(party: RankGroup, is_faulty: bool) -> CheckResult:
     """The devices when products of one rank are wrong."""
     product = torch.Tensor.__matmul__
     if is_faulty:

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from mosaic_dist.doctor import Row, render
+from mosaic_dist.doctor import CheckResult, render
 from mosaic_dist.doctor.exchange import slow_ranks
-from mosaic_dist.doctor.party import unlike
+from mosaic_dist.doctor.rank_group import unlike
 from tests.launch import ROOT, check, clean_environment, run_ranks
 
 CHECKS = ["devices", "memory", "shared memory", "versions", "clock", "storage"]
@@ -17,14 +17,14 @@ CHECKS += ["exchange in a node", "exchange between nodes"]
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory) -> dict[str, Row]:
+def rows(tmp_path_factory) -> dict[str, CheckResult]:
     folder = tmp_path_factory.mktemp("doctor")
     outputs = run_ranks("tests.doctor.ranks", 2, str(folder))
     check(outputs)
     found = [json.loads(process.stdout.splitlines()[-1]) for process in outputs]
     assert found[0] == found[1]  # every rank knows
     assert not any((folder / "well").iterdir())
-    return {name: Row(**row) for name, row in found[0].items()}
+    return {name: CheckResult(**row) for name, row in found[0].items()}
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -74,7 +74,10 @@ def test_the_odd_ones_are_those_that_differ_from_most():
 
 def test_the_table():
     table = render(
-        [Row("clock", "ok", "fine", "within 1 s", "unused"), Row("storage", "fail", "full", "room", "clean up")]
+        [
+            CheckResult("clock", "ok", "fine", "within 1 s", "unused"),
+            CheckResult("storage", "fail", "full", "room", "clean up"),
+        ]
     )
     assert table.splitlines() == ["ok    clock    fine  within 1 s", "fail  storage  full  room", "      -> clean up"]
 

@@ -12,9 +12,10 @@ from mosaic_dist.parallel.world import free_port
 from tests.launch import ROOT, clean_environment, run_python, run_ranks
 
 SMALL = (
-    "--model.vocab 512 --model.dim 32 --model.context 32 --model.embedding.rank 16 --model.blocks.attention.heads 2 "
-    "--model.blocks.ffn.expert.width 64 --model.blocks.ffn.experts 4 --model.blocks.ffn.split 4 --batch_tokens 256 "
-    "--micro_batch 2 --schedule.warmup_steps 2 --optimizer.learning_rate 1e-2 --steps 12 --validate_every_steps 6 "
+    "--model.vocab_size 512 --model.dim 32 --model.max_seq_len 32 --model.embedding.rank 16 "
+    "--model.layers.attention.heads 2 --model.layers.ffn.expert.hidden_dim 64 --model.layers.ffn.experts 4 "
+    "--model.layers.ffn.split 4 --batch_tokens 256 --micro_batch_size 2 --schedule.warmup_steps 2 "
+    "--optimizer.learning_rate 1e-2 --steps 12 --validate_every_steps 6 "
     "--validation_samples 6 --checkpoint.every_steps 4 --data.workers 1"
 ).split()
 """Overrides that make `t4_moe` tiny; its four blocks and all its parts stay."""

@@ -19,10 +19,10 @@ def main(folder: str, output: str) -> None:
     config = fill_config(
         {"zero_optimization": {"stage": 2}},
         precision="fp32",
-        micro_batch=2,
+        micro_batch_size=2,
         accumulation=1,
         world_size=world.size,
-        clip_norm=1.0,
+        max_grad_norm=1.0,
     )
     engine = Engine(run.model, run.optimizer, config, 2, 1234, world)  # another seed: the weights must be loaded
     load_engine(newest(Path(folder) / "checkpoints"), engine)

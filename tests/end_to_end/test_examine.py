@@ -29,7 +29,7 @@ def test_inspect_tells_the_layout_and_the_position(trained):
     assert [row["step"] for row in facts["checkpoints"]] == [2, 4, 5]
     newest = facts["newest"]
     layout = {"ranks": 2, "expert_parallel": 2, "sequence_parallel": 1, "zero_stage": 2, "precision": "fp32"}
-    assert newest["layout"] == layout | {"accumulation": 2, "micro_batch": 2}  # of 8 sequences
+    assert newest["layout"] == layout | {"accumulation": 2, "micro_batch_size": 2}  # of 8 sequences
     assert (newest["tokens"], newest["data"]["cursor"]) == (5 * 256, 5 * 256 // 32)
     assert newest["parameters"] == json.loads((trained / "environment.json").read_text())["parameters"]
     assert {"master", "exp_avg", "exp_avg_sq"} <= newest["kinds"].keys()

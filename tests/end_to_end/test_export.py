@@ -96,10 +96,12 @@ def test_damage_and_misuse_are_told(exported, trained, tmp_path):
 def test_a_run_goes_to_hugging_face_and_back(dataset, tmp_path):
     """`gpt2_reference`, made small: transformers loads the export and gives our logits; the import gives it back."""
     run, ours, hf, back = (tmp_path / name for name in ("run", "ours", "hf", "back"))
-    small = "--model.vocab 512 --model.dim 32 --model.context 32 --model.blocks.attention.heads 2 --batch_tokens 256"
+    small = "--model.vocab_size 512 --model.dim 32 --model.max_seq_len 32 --model.layers.attention.heads 2"
     done = command(
-        "python", "recipes/gpt2_reference.py", "--data", dataset, "--output", run, *small.split(), "--micro_batch", "8",
-        "--model.blocks.ffn.width", "64", "--steps", "3", "--schedule.warmup_steps", "1", "--validate_every_steps", "0",
+        "python", "recipes/gpt2_reference.py", "--data", dataset, "--output", run, *small.split(),
+        "--batch_tokens", "256", "--micro_batch_size", "8",
+        "--model.layers.ffn.hidden_dim", "64", "--steps", "3", "--schedule.warmup_steps", "1",
+        "--validate_every_steps", "0",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
     python("-m", "mosaic_dist", "export", "--run", run, "--output", ours)

@@ -44,7 +44,7 @@ def test_ranks_start_from_it_and_go_on_without_it(exported, dataset, tmp_path):
     """Two ranks with expert parallelism and ZeRO-3; the folder of the weights is gone before the second start."""
     folder, model = tmp_path / "run", tmp_path / "model"
     shutil.copytree(exported, model)
-    words = recipe(folder, dataset, "--initial_model", str(model), "--seed", "7")
+    words = recipe(folder, dataset, "--init_from", str(model), "--seed", "7")
     words[words.index("ds_configs/zero2.json")] = "ds_configs/zero3.json"
     done = train(*words, "--stop_at_step", "2")
     assert done.returncode == 0, done.stdout[-4000:]
@@ -57,15 +57,15 @@ def test_ranks_start_from_it_and_go_on_without_it(exported, dataset, tmp_path):
     assert done.returncode == 0, done.stdout[-4000:]
     assert STARTS not in done.stdout
     assert len(losses(folder)) == 3
-    assert f"initial_model: {model}" in (folder / "run.yaml").read_text()
+    assert f"init_from: {model}" in (folder / "run.yaml").read_text()
 
 
 def test_one_process_starts_from_it_and_another_run_does_not_become_it(exported, dataset, tmp_path):
     folder = tmp_path / "run"
     words = ["python", "recipes/t4_moe.py", "--data", dataset, "--output", folder, *SMALL, "--stop_at_step", "1"]
-    done = command(*words, "--initial_model", exported)
+    done = command(*words, "--init_from", exported)
     assert done.returncode == 0, done.stdout[-4000:]
     assert losses(folder) == [pytest.approx(first_loss(folder, exported), abs=1e-5)]
     other = command(*words)
     assert other.returncode == 2
-    assert f"initial_model: '{exported}' there, '' here" in other.stdout
+    assert f"init_from: '{exported}' there, '' here" in other.stdout

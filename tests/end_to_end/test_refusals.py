@@ -32,17 +32,17 @@ def refused(words: list[str], says: str, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (("--model.blocks.ffn.topk", "1"), "model.blocks[0].ffn.topk: moe has no such field; did you mean 'top_k'?"),
+        (("--model.layers.ffn.topk", "1"), "model.layers[0].ffn.topk: moe has no such field; did you mean 'top_k'?"),
         (
-            ("--model.blocks.ffn.experts", "3", "--expert_parallel", "2"),
+            ("--model.layers.ffn.experts", "3", "--expert_parallel", "2"),
             "3 experts do not divide by expert_parallel (2)",
         ),
         (
-            ("--parallel.sequence_parallel", "2", "--model.blocks.attention.heads", "1"),
-            "model.blocks[0].attention ('mha') cannot be shared by sequence_parallel (2) ranks",
+            ("--parallel.sequence_parallel", "2", "--model.layers.attention.heads", "1"),
+            "model.layers[0].attention ('mha') cannot be shared by sequence_parallel (2) ranks",
         ),
         (("--data", "no/such/folder"), "no dataset at no/such/folder"),
-        (("--model.vocab", "500"), "has a vocabulary of 512 tokens, but model.vocab is 500"),
+        (("--model.vocab_size", "500"), "has a vocabulary of 512 tokens, but model.vocab_size is 500"),
     ],
 )
 def test_before_any_rank_meets_another(dataset, tmp_path, more, says):
@@ -66,9 +66,9 @@ def one_process(folder: Path, data: Path, *more: str) -> list[str]:
     [
         (("--ds_config", "none.json"), "cannot read the DeepSpeed config none.json"),
         (("--batch_tokens", "250"), "250 is not a multiple of the sequence length 32; nearest: 224 or 256"),
-        (("--micro_batch", "3"), "take micro-batches of 3"),
+        (("--micro_batch_size", "3"), "take micro-batches of 3"),
         (("--precision", "fp16"), "'fp16' needs a GPU"),
-        (("--model.blocks.attention.heads", "5"), "model.blocks[0].attention.heads: 5 heads must divide"),
+        (("--model.layers.attention.heads", "5"), "model.layers[0].attention.heads: 5 heads must divide"),
         (("--data.seq_len", "20"), "batch_tokens: 256 is not a multiple of the sequence length 20"),
         (("--batch_ramp", "{start_tokens: 32, over_tokens: 512}"), "micro-batches of 2 take at a time; nearest: 64"),
     ],
@@ -81,8 +81,8 @@ def test_in_one_process(dataset, tmp_path, more, says):
 def test_blocks_that_nothing_could_compile(dataset, tmp_path, monkeypatch):
     for variable in ("CC", "CXX"):
         monkeypatch.setenv(variable, "no-such-compiler")
-    words = recipe(tmp_path / "run", dataset, "--parallel.compile_blocks", "true")
-    refused(words, "compile_blocks needs a C", tmp_path / "run")
+    words = recipe(tmp_path / "run", dataset, "--parallel.compile", "true")
+    refused(words, "compile needs a C", tmp_path / "run")
 
 
 @pytest.fixture(scope="module")
@@ -97,12 +97,12 @@ def weights(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (("--model.dim", "64"), "holds another model; change these fields of the run, or give another --initial_model"),
-        (("--initial_model", "no/such/folder"), "cannot read no/such/folder/config.json"),
+        (("--model.dim", "64"), "holds another model; change these fields of the run, or give another --init_from"),
+        (("--init_from", "no/such/folder"), "cannot read no/such/folder/config.json"),
     ],
 )
 def test_weights_that_do_not_fit(dataset, weights, tmp_path, more, says):
-    words = one_process(tmp_path / "run", dataset, "--initial_model", str(weights), *more)
+    words = one_process(tmp_path / "run", dataset, "--init_from", str(weights), *more)
     refused(words, says, tmp_path / "run")
 
 
@@ -113,7 +113,7 @@ def test_weights_that_are_damaged(dataset, weights, tmp_path):
     file = max(damaged.glob("*.safetensors"))
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 4]))
-    words = recipe(tmp_path / "run", dataset, "--initial_model", str(damaged))
+    words = recipe(tmp_path / "run", dataset, "--init_from", str(damaged))
     refused(words, f"{file} is damaged, or was changed after the export", tmp_path / "run")
 
 

@@ -83,11 +83,11 @@ def test_a_finished_run_and_a_foreign_one(undisturbed, dataset):
     assert again.returncode == 0
     assert "nothing to do" in again.stdout
     assert story(undisturbed) == before
-    other = train(*recipe(undisturbed, dataset, "--seed", "5", "--model.blocks.ffn.top_k", "1"))
+    other = train(*recipe(undisturbed, dataset, "--seed", "5", "--model.layers.ffn.top_k", "1"))
     assert other.returncode == 2
     assert other.stdout.count("holds another run") == 1
     assert "seed: 0 there, 5 here" in other.stdout
-    assert "model.blocks.ffn.top_k: 2 there, 1 here" in other.stdout
+    assert "model.layers.ffn.top_k: 2 there, 1 here" in other.stdout
 
 
 def test_another_layout_goes_on_with_the_same_losses(undisturbed, dataset, tmp_path):

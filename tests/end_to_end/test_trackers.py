@@ -36,8 +36,8 @@ def test_a_run_tells_both(dataset, tmp_path):
     assert len(logs) == 2
     for log in logs:  # names and values as they lie side by side in the file
         content = log.read_bytes()
-        assert re.search(rb"experts/blocks\.3/max_over_mean\W{1,8}[1-4](\.\d|\W)", content)
-        assert re.search(rb'experts/blocks\.0/load.{1,16}"histogram"\n', content, re.DOTALL)
+        assert re.search(rb"experts/layers\.3/max_over_mean\W{1,8}[1-4](\.\d|\W)", content)
+        assert re.search(rb'experts/layers\.0/load.{1,16}"histogram"\n', content, re.DOTALL)
     told = EventAccumulator(str(folder / "tensorboard")).Reload().Scalars("loss")
     records = read_metrics(folder / "metrics.jsonl")
     assert [(event.step, event.value) for event in told] == [
@@ -48,11 +48,11 @@ def test_a_run_tells_both(dataset, tmp_path):
 
 def test_tensorboard_gets_numbers_and_histograms(tmp_path):
     tracker = TensorboardTracker(None, tmp_path)
-    tracker.write(7, {"experts/blocks.1/dead": 0.25}, {"experts/blocks.1/load": [0, 3, 3, 6]})
+    tracker.write(7, {"experts/layers.1/dead": 0.25}, {"experts/layers.1/load": [0, 3, 3, 6]})
     tracker.writer.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("experts/blocks.1/dead")] == [(7, 0.25)]
-    (event,) = events.Histograms("experts/blocks.1/load")
+    assert [(event.step, event.value) for event in events.Scalars("experts/layers.1/dead")] == [(7, 0.25)]
+    (event,) = events.Histograms("experts/layers.1/load")
     histogram = event.histogram_value
     assert (event.step, histogram.min, histogram.max, histogram.num, histogram.sum) == (7, 0, 6, 4, 12)
 

@@ -25,7 +25,7 @@ def sums(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def run(tmp_path_factory, sums) -> Path:
     path = tmp_path_factory.mktemp("run") / "run"
-    words = ("-m", "tests.train.expert_run", "--data", sums, "--output", path, "--micro_batch", "8")
+    words = ("-m", "tests.train.expert_run", "--data", sums, "--output", path, "--micro_batch_size", "8")
     done = command(sys.executable, *words, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:]
     return path

@@ -10,8 +10,8 @@ from mosaic_dist.errors import UserError
 from mosaic_dist.evaluate.command import evaluate, read_suite, read_task
 from mosaic_dist.evaluate.exact_match import ExactMatch
 from mosaic_dist.evaluate.harness import Harness, import_harness
+from mosaic_dist.evaluate.model_source import ModelSource
 from mosaic_dist.evaluate.perplexity import Perplexity
-from mosaic_dist.evaluate.subject import Subject
 from mosaic_dist.spec import SpecError
 
 
@@ -65,7 +65,7 @@ def test_a_suite_goes_on_behind_a_failure(run, exported, sums, tmp_path, capsys)
 
 
 def test_the_example_suite_can_be_read():
-    stated = read_suite("recipes/suites/language_model.yaml", Subject(run="runs/x"))
+    stated = read_suite("recipes/suites/language_model.yaml", ModelSource(run="runs/x"))
     assert [type(evaluation) for evaluation in stated.evaluations] == [Perplexity, Perplexity, Harness]
     with pytest.raises(UserError, match="names no models"):
         read_suite("recipes/suites/language_model.yaml", None)
@@ -86,7 +86,7 @@ def test_words_become_evaluations():
             read_task(word, options)
     for fields in ({}, {"model": "a", "run": "b"}, {"model": "a", "step": 3}):
         with pytest.raises(SpecError):
-            Subject(**fields)
+            ModelSource(**fields)
 
 
 def test_a_missing_harness_is_told(monkeypatch):

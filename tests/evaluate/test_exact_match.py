@@ -32,11 +32,11 @@ def test_a_model_learns_rows_by_heart_and_says_so_while_training(tmp_path: Path)
     data, run, model, figures = (tmp_path / name for name in ("data", "run", "model", "figures.json"))
     python("-m", "data_prep.arithmetic", "--output", data, "--samples", "60", "--high", "9", "--seq_len", "16",
            "--validation_fraction", "0.35")  # fmt: skip
-    words = ("--steps", "120", "--schedule.warmup_steps", "10", "--batch_tokens", "576", "--micro_batch", "36")
+    words = ("--steps", "120", "--schedule.warmup_steps", "10", "--batch_tokens", "576", "--micro_batch_size", "36")
     done = command(
         "python", "recipes/arithmetic_mixtral.py", "--data", data, "--output", run, *words,
         "--validate_every_steps", "40", "--early_stopping_patience", "0", "--checkpoint.keep_best", "0",
-        "--model.blocks.dropout", "0.0", "--model.blocks.attention.dropout", "0.0",
+        "--model.layers.dropout", "0.0", "--model.layers.attention.dropout", "0.0",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
     python("-m", "mosaic_dist", "export", "--run", run, "--output", model)

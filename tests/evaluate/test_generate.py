@@ -9,20 +9,22 @@ from mosaic_dist.errors import UserError
 from mosaic_dist.evaluate.generate import Sampling, draw, generate
 from mosaic_dist.model import GQA, MLA, Block, DecoupledRoPE, LinearAttention, MoE, RoPE, SwiGLU, Transformer
 
-FFN = MoE(expert=SwiGLU(width=16), experts=4)
+FFN = MoE(expert=SwiGLU(hidden_dim=16), experts=4)
 MODELS = {
-    "window": (GQA(heads=4, kv_heads=2, window=4), RoPE()),
-    "mla": (MLA(heads=2, kv_compression_dim=8), DecoupledRoPE(width=4)),
+    "window": (GQA(heads=4, kv_heads=2, sliding_window=4), RoPE()),
+    "mla": (MLA(heads=2, kv_compression_dim=8), DecoupledRoPE(rope_head_dim=4)),
     "linear": (LinearAttention(heads=2), RoPE()),
 }
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9]]
 GREEDY = Sampling(temperature=0.0)
 
 
-def make(name: str, context: int = 32):
+def make(name: str, max_seq_len: int = 32):
     attention, position = MODELS[name]
     blocks = 2 * (Block(attention=attention, ffn=FFN),)
-    model = Transformer(vocab=11, dim=16, context=context, position=position, blocks=blocks).build_initialized(3)
+    model = Transformer(
+        vocab_size=11, dim=16, max_seq_len=max_seq_len, position=position, layers=blocks
+    ).build_initialized(3)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(4.0)  # far from uniform, so that a wrong cache shows
@@ -54,7 +56,7 @@ def test_a_prompt_ends_with_the_stop_token():
 
 
 def test_generation_goes_on_beyond_the_context():
-    steps = list(generate(make("mla", context=8), [[1, 2, 3]], 20, GREEDY))
+    steps = list(generate(make("mla", max_seq_len=8), [[1, 2, 3]], 20, GREEDY))
     assert len(steps) == 20
     assert all(0 <= step[0] < 11 for step in steps)
 

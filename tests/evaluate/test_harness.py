@@ -16,7 +16,7 @@ from mosaic_dist.data.tokenizer import Tokenizer
 from mosaic_dist.errors import UserError
 from mosaic_dist.evaluate.command import evaluate
 from mosaic_dist.evaluate.generate import Sampling, generate
-from mosaic_dist.evaluate.subject import Subject
+from mosaic_dist.evaluate.model_source import ModelSource
 
 pytest.importorskip("lm_eval", reason="pip install 'mosaic-dist[eval]'")
 
@@ -46,7 +46,7 @@ metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 
 @pytest.fixture(scope="module")
 def opened(run):
-    return Subject(run=str(run)).open()
+    return ModelSource(run=str(run)).open()
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,10 @@ from mosaic_dist.data.prepare import prepare
 from mosaic_dist.data.tokenizer import Tokenizer
 from mosaic_dist.errors import UserError
 from mosaic_dist.evaluate import passages
+from mosaic_dist.evaluate.model_source import ModelSource
 from mosaic_dist.evaluate.passages import split_at, stream
 from mosaic_dist.evaluate.perplexity import Perplexity, add_up
 from mosaic_dist.evaluate.ranks import meet
-from mosaic_dist.evaluate.subject import Subject
 from mosaic_dist.evaluate.windows import batches, windows
 from mosaic_dist.model import MHA, Block, SwiGLU, Transformer
 from mosaic_dist.targets import IGNORE_INDEX
@@ -72,7 +72,7 @@ def nats_one_by_one(twin, tokens: list[int], start: int, context: int, stride: i
 def test_every_token_gets_what_transformers_gives_it(twin, folder, text, context, stride):
     words = Tokenizer.load(folder)
     measured = Perplexity(data=str(text), context=context, stride=stride, batch=3).measure(
-        Subject(model=str(folder)).open(), meet()
+        ModelSource(model=str(folder)).open(), meet()
     )
     start = words.bos_id if words.encode_prompt("") else words.eos_id
     nats = sum(nats_one_by_one(twin, words.encode(text), start, context, stride) for text in TEXTS)
@@ -86,7 +86,9 @@ def test_every_token_gets_what_transformers_gives_it(twin, folder, text, context
 
 
 def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary():
-    model = Transformer(vocab=37, dim=8, context=8, blocks=(Block(attention=MHA(heads=2), ffn=SwiGLU(width=8)),))
+    model = Transformer(
+        vocab_size=37, dim=8, max_seq_len=8, layers=(Block(attention=MHA(heads=2), ffn=SwiGLU(hidden_dim=8)),)
+    )
     network = model.build_initialized(0).eval()
     for parameter in network.parameters():
         parameter.data.zero_()
@@ -141,14 +143,14 @@ def test_a_prepared_dataset_gives_the_documents_that_it_was_made_of(folder, text
     assert DatasetInfo.load(tmp_path / "data").split("train").dropped_tokens == total - kept
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": words.decode(tokens)}) + "\n" for tokens in found))
-    opened = Subject(model=str(folder)).open()
+    opened = ModelSource(model=str(folder)).open()
     by_data, by_text = (
         Perplexity(data=str(data), split=split, stride=4, context=16).measure(opened, meet())
         for data, split in ((tmp_path / "data", "train"), (texts, None))
     )
     assert by_data["nats_per_token"] == by_text["nats_per_token"]
     assert by_data["bytes"] == by_text["bytes"] > by_data["tokens"]
-    other = Subject(model=str(folder)).open()
+    other = ModelSource(model=str(folder)).open()
     other.tokenizer_path = tmp_path / "tokenizer.json"
     character_tokenizer(LETTERS[::-1]).save(other.tokenizer_path)
     with pytest.raises(UserError, match="made with tokenizer"):
@@ -156,7 +158,7 @@ def test_a_prepared_dataset_gives_the_documents_that_it_was_made_of(folder, text
 
 
 def test_the_first_documents_alone(folder, text, tmp_path):
-    opened = Subject(model=str(folder)).open()
+    opened = ModelSource(model=str(folder)).open()
     (tmp_path / "one.txt").write_text(TEXTS[0])
     limited, one = (
         Perplexity(data=str(data), limit=limit).measure(opened, meet())
@@ -168,7 +170,7 @@ def test_the_first_documents_alone(folder, text, tmp_path):
 
 
 def test_bf16_is_near_and_not_the_same(folder, text):
-    opened = Subject(model=str(folder)).open()
+    opened = ModelSource(model=str(folder)).open()
     full, half = (Perplexity(data=str(text), dtype=dtype).measure(opened, meet()) for dtype in ("fp32", "bf16"))
     assert half["nats_per_token"] == pytest.approx(full["nats_per_token"], rel=0.02)
     assert half["nats_per_token"] != full["nats_per_token"]
@@ -207,4 +209,4 @@ def test_paragraphs_of_a_known_dataset_are_one_text(tmp_path, monkeypatch):
 )
 def test_what_cannot_be_is_refused(folder, text, options, message):
     with pytest.raises(UserError, match=message):
-        Perplexity(data=str(text), **options).measure(Subject(model=str(folder)).open(), meet())
+        Perplexity(data=str(text), **options).measure(ModelSource(model=str(folder)).open(), meet())

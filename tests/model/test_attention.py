@@ -23,7 +23,7 @@ from mosaic_dist.model import (
 )
 from mosaic_dist.model.attention.kernel import attend
 from mosaic_dist.model.position.alibi import slopes
-from mosaic_dist.model.transformer import make_sight, positions_in_documents
+from mosaic_dist.model.transformer import make_attention_metadata, positions_in_documents
 from mosaic_dist.spec import SpecError
 
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, 2], [5, 5, 5, 5, 5, 5, 7, 7, 7]])
@@ -37,7 +37,7 @@ def random_module(spec, position, dim=16):
     return module
 
 
-def loop(q, k, v, sees, bias=None, sinks=None, soft_cap=None):
+def loop(q, k, v, sees, bias=None, sinks=None, logit_softcap=None):
     """Attention one score at a time: q [B,N,T,H], k and v [B,N,T,*], `sees(b, t, s)`."""
     B, N, T, H = q.shape
     out = torch.zeros(B, N, T, v.shape[-1])
@@ -46,8 +46,8 @@ def loop(q, k, v, sees, bias=None, sinks=None, soft_cap=None):
             for t in range(T):
                 keys = [s for s in range(t + 1) if sees(b, t, s)]
                 scores = torch.stack([q[b, n, t] @ k[b, n, s] / math.sqrt(H) for s in keys])
-                if soft_cap:
-                    scores = soft_cap * torch.tanh(scores / soft_cap)
+                if logit_softcap:
+                    scores = logit_softcap * torch.tanh(scores / logit_softcap)
                 if bias is not None:
                     scores = scores + torch.stack([bias[n] * (t - s) for s in keys])
                 if sinks is not None:
@@ -63,11 +63,11 @@ def loop(q, k, v, sees, bias=None, sinks=None, soft_cap=None):
     ("kv_heads", "window", "sinks"), [(4, None, False), (2, 3, False), (1, None, True), (2, 4, True)]
 )
 def test_grouped_heads_windows_sinks_and_documents(kernel, documents, kv_heads, window, sinks):
-    spec = GQA(heads=4, kv_heads=kv_heads, window=window, sinks=sinks, kernel=kernel)
+    spec = GQA(heads=4, kv_heads=kv_heads, sliding_window=window, attention_sinks=sinks, kernel=kernel)
     module = random_module(spec, NoPosition())
     x = torch.randn(2, 9, 16, requires_grad=True)
-    sight = make_sight(torch.zeros(2, 9), documents)
-    got = module(x, sight)
+    metadata = make_attention_metadata(torch.zeros(2, 9), documents)
+    got = module(x, metadata)
 
     q = module.query(x).unflatten(-1, (4, 4)).transpose(1, 2)
     k, v = (layer(x).unflatten(-1, (kv_heads, 4)).transpose(1, 2) for layer in (module.key, module.value))
@@ -102,10 +102,10 @@ def test_heads_with_a_sink_are_as_wide_as_fused_kernels_want(monkeypatch, width,
 
 def test_soft_cap():
     q, k, v = (torch.randn(1, 2, 5, 4) * 4 for _ in range(3))
-    got = attend(q, k, v, visible=None, soft_cap=2.0, kernel="explicit")
-    torch.testing.assert_close(got, loop(q, k, v, lambda *_: True, soft_cap=2.0), rtol=1e-4, atol=1e-5)
+    got = attend(q, k, v, visible=None, logit_softcap=2.0, kernel="explicit")
+    torch.testing.assert_close(got, loop(q, k, v, lambda *_: True, logit_softcap=2.0), rtol=1e-4, atol=1e-5)
     with pytest.raises(SpecError, match="use kernel 'explicit'"):
-        MHA(heads=2, soft_cap=2.0)
+        MHA(heads=2, logit_softcap=2.0)
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "explicit"])
@@ -115,7 +115,9 @@ def test_alibi_is_a_penalty_on_distance(kernel):
     q, k, v = (layer(x).unflatten(-1, (4, 4)).transpose(1, 2) for layer in (module.query, module.key, module.value))
     bias = torch.tensor([-(2.0 ** (-2 * (n + 1))) for n in range(4)])
     expected = module.output(loop(q, k, v, lambda *_: True, bias=bias).transpose(1, 2).flatten(2))
-    torch.testing.assert_close(module(x, make_sight(torch.zeros(1, 6), None)), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        module(x, make_attention_metadata(torch.zeros(1, 6), None)), expected, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_alibi_slopes_of_the_paper():
@@ -125,18 +127,18 @@ def test_alibi_slopes_of_the_paper():
 
 def test_qk_norm_makes_scores_independent_of_the_scale_of_queries():
     module = random_module(MQA(heads=4, qk_norm=True), NoPosition())
-    x, sight = torch.randn(1, 5, 16), make_sight(torch.zeros(1, 5), None)
-    before = module(x, sight)
+    x, metadata = torch.randn(1, 5, 16), make_attention_metadata(torch.zeros(1, 5), None)
+    before = module(x, metadata)
     with torch.no_grad():
         module.query.weight *= 7.0
         module.key.weight *= 0.2
-    torch.testing.assert_close(module(x, sight), before, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(module(x, metadata), before, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("q_compression_dim", [None, 6])
-@pytest.mark.parametrize("position", [DecoupledRoPE(width=4), NoPosition()])
+@pytest.mark.parametrize("position", [DecoupledRoPE(rope_head_dim=4), NoPosition()])
 def test_latent_attention_is_its_formula(position, q_compression_dim):
-    spec = MLA(heads=2, kv_compression_dim=6, q_compression_dim=q_compression_dim, head_width=8, value_width=5)
+    spec = MLA(heads=2, kv_compression_dim=6, q_compression_dim=q_compression_dim, head_dim=8, v_head_dim=5)
     module = random_module(spec, position)
     R = 4 if isinstance(position, DecoupledRoPE) else 0
     x = torch.randn(2, 7, 16)
@@ -161,16 +163,18 @@ def test_latent_attention_is_its_formula(position, q_compression_dim):
         k = torch.cat([k, turned[:, :, None].expand(-1, -1, 2, -1)], -1)
     expected = loop(*(y.transpose(1, 2) for y in (q, k, v)), lambda *_: True)
     expected = expected.transpose(1, 2).flatten(2) @ module.output.weight.T
-    torch.testing.assert_close(module(x, make_sight(torch.zeros(2, 7), None)), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        module(x, make_attention_metadata(torch.zeros(2, 7), None)), expected, rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("documents", [None, DOCUMENTS])
 @pytest.mark.parametrize("chunk", [1, 2, 4, 64])
 def test_linear_attention_is_its_sum(chunk, documents):
     module = random_module(LinearAttention(heads=2, chunk=chunk), RoPE())
-    x, sight = torch.randn(2, 9, 16), make_sight(torch.zeros(2, 9), documents)
+    x, metadata = torch.randn(2, 9, 16), make_attention_metadata(torch.zeros(2, 9), documents)
     q, k, v = (layer(x).unflatten(-1, (2, 8)) for layer in (module.query, module.key, module.value))
-    q, k = (torch.nn.functional.elu(module.position.rotate(y, sight.positions_BT)) + 1 for y in (q, k))
+    q, k = (torch.nn.functional.elu(module.position.rotate(y, metadata.positions_BT)) + 1 for y in (q, k))
     expected = torch.zeros(2, 9, 2, 8)
     for b in range(2):
         for t in range(9):
@@ -178,7 +182,7 @@ def test_linear_attention_is_its_sum(chunk, documents):
             for n in range(2):
                 weights = torch.stack([q[b, t, n] @ k[b, s, n] for s in keys])
                 expected[b, t, n] = sum(w * v[b, s, n] for w, s in zip(weights, keys, strict=True)) / weights.sum()
-    torch.testing.assert_close(module(x, sight), module.output(expected.flatten(2)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(module(x, metadata), module.output(expected.flatten(2)), rtol=1e-4, atol=1e-4)
 
 
 def test_rotary_scores_depend_on_distance_only():
@@ -198,12 +202,12 @@ def test_rotary_scores_depend_on_distance_only():
     [
         (LinearScaling(factor=4.0), {"rope_type": "linear", "factor": 4.0}),
         (
-            YaRN(factor=32.0, original_context=4096, truncate=False),
+            YaRN(factor=32.0, original_max_seq_len=4096, truncate=False),
             {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "beta_fast": 32.0,
              "beta_slow": 1.0, "truncate": False},
         ),
         (
-            YaRN(factor=8.0, original_context=2048),
+            YaRN(factor=8.0, original_max_seq_len=2048),
             {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 2048},
         ),
         (
@@ -219,7 +223,7 @@ def test_scaled_frequencies_are_those_of_hugging_face(ours, theirs):
         max_position_embeddings=131_072,
     )  # fmt: skip
     expected, magnitude = ROPE_INIT_FUNCTIONS[theirs["rope_type"]](config, torch.device("cpu"))
-    rotation = RoPE(base=150_000.0, scaling=ours).for_heads(8, 64)
+    rotation = RoPE(theta=150_000.0, scaling=ours).for_heads(8, 64)
     torch.testing.assert_close(torch.tensor(rotation.frequencies), expected, rtol=1e-5, atol=1e-9)
     assert rotation.magnitude == pytest.approx(magnitude)
 
@@ -229,5 +233,5 @@ def test_positions_begin_anew_in_each_document():
 
 
 def test_a_window_keeps_its_cache_small():
-    module = MHA(heads=2, window=3).build(16, NoPosition())
+    module = MHA(heads=2, sliding_window=3).build(16, NoPosition())
     assert module.new_cache(1, 100).slots == 3

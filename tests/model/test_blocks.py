@@ -7,10 +7,10 @@ import torch
 
 from mosaic_dist.model import GQA, MHA, MLA, DecoupledRoPE, RoPE
 from mosaic_dist.model.attention import blocks
-from mosaic_dist.model.attention.blocks import attend_in_sight
+from mosaic_dist.model.attention.blocks import attend_visible
 from mosaic_dist.model.attention.documents import SHORTEST, cut_documents
 from mosaic_dist.model.attention.kernel import attend
-from mosaic_dist.model.transformer import make_sight
+from mosaic_dist.model.transformer import make_attention_metadata
 from mosaic_dist.plan.recorder import Recorder
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
@@ -43,19 +43,19 @@ def test_values_and_gradients_are_those_of_a_mask(monkeypatch, N, G, H, U, sinks
         torch.manual_seed(T)
         q, k, v = (torch.randn(2, *shape, requires_grad=True) for shape in ((N, T, H), (G, T, H), (G, T, U)))
         sinks_N = torch.randn(N, requires_grad=True) if sinks else None
-        sight = make_sight(torch.zeros(2, T), packed(2, T, 0.05) if documents else None)
-        got = attend_in_sight(q, k, v, sight, window=window, sinks_N=sinks_N)
-        visible = sight.visible(sight.index_T, window)
+        metadata = make_attention_metadata(torch.zeros(2, T), packed(2, T, 0.05) if documents else None)
+        got = attend_visible(q, k, v, metadata, sliding_window=window, sinks_N=sinks_N)
+        visible = metadata.visible(metadata.index_T, window)
         sinks_N1 = None if sinks_N is None else sinks_N[:, None]
         expected = attend(q, k, v, visible=visible, sinks_NT=sinks_N1, kernel="explicit")
         check_equal(got, expected, [q, k, v, *([sinks_N] if sinks else [])])
 
 
 MODULES = [
-    (MHA(heads=4, window=16), RoPE()),
-    (GQA(heads=4, kv_heads=2, window=16, sinks=True), RoPE()),
-    (GQA(heads=4, kv_heads=2, sinks=True), RoPE()),
-    (MLA(heads=4, kv_compression_dim=12, window=16), DecoupledRoPE(width=4)),
+    (MHA(heads=4, sliding_window=16), RoPE()),
+    (GQA(heads=4, kv_heads=2, sliding_window=16, attention_sinks=True), RoPE()),
+    (GQA(heads=4, kv_heads=2, attention_sinks=True), RoPE()),
+    (MLA(heads=4, kv_compression_dim=12, sliding_window=16), DecoupledRoPE(rope_head_dim=4)),
 ]
 
 
@@ -66,10 +66,10 @@ def test_modules_take_the_same_scores_written_out_and_not(monkeypatch, spec, pos
     module = spec.build(32, position)
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    x, sight = torch.randn(2, 80, 32, requires_grad=True), make_sight(torch.zeros(2, 80), documents)
-    got = module(x, sight)
+    x, metadata = torch.randn(2, 80, 32, requires_grad=True), make_attention_metadata(torch.zeros(2, 80), documents)
+    got = module(x, metadata)
     module.spec = type(spec)(**{**vars(spec), "kernel": "explicit"})
-    check_equal(got, module(x, sight), [x, *module.parameters()])
+    check_equal(got, module(x, metadata), [x, *module.parameters()])
 
 
 def peak_bytes(T, window, sinks, documents):
@@ -77,8 +77,8 @@ def peak_bytes(T, window, sinks, documents):
     sinks_N = torch.randn(2, requires_grad=True) if sinks else None
     with Recorder("cpu") as recorder:
         recorder.mark("attention")
-        sight = make_sight(torch.zeros(1, T), documents)
-        attend_in_sight(q, k, v, sight, window=window, sinks_N=sinks_N).sum().backward()
+        metadata = make_attention_metadata(torch.zeros(1, T), documents)
+        attend_visible(q, k, v, metadata, sliding_window=window, sinks_N=sinks_N).sum().backward()
     return recorder.phases[0].peak_bytes
 
 

@@ -14,6 +14,7 @@ from mosaic_dist.model import (
     GQA,
     MHA,
     MLA,
+    ActivationCheckpointing,
     ALiBi,
     Block,
     DecoupledRoPE,
@@ -21,50 +22,49 @@ from mosaic_dist.model import (
     LinearAttention,
     MoE,
     NormalizedBlock,
-    Recompute,
     RoPE,
     SigmoidTopK,
     SwiGLU,
-    TernaryMatrix,
+    TernaryLinearKind,
     Transformer,
-    UnitMatrix,
-    apply_recompute,
+    UnitLinearKind,
+    apply_activation_checkpointing,
     check_compiler,
-    compile_blocks,
+    compile_layers,
 )
 from mosaic_dist.model.attention import blocks, kernel
 
 B, T, D = 2, 12, 16
-GATED = SwiGLU(width=24)
+GATED = SwiGLU(hidden_dim=24)
 EQUAL = Block(attention=GQA(heads=4, kv_heads=2, qk_norm=True), ffn=GATED, dropout=0.1)
-MIXTURE = MoE(expert=SwiGLU(width=16), experts=4, top_k=2, shared_experts=1, z_weight=0.1, jitter=0.1)
+MIXTURE = MoE(expert=SwiGLU(hidden_dim=16), experts=4, top_k=2, shared_experts=1, z_loss_coef=0.1, jitter=0.1)
 SPARSE = (
     Block(attention=MHA(heads=2), ffn=MIXTURE, dropout=0.1),
     Block(
         attention=MHA(heads=2),
-        ffn=replace(MIXTURE, router=SigmoidTopK(), balance_over="sequence", capacity_factor=1.25),
+        ffn=replace(MIXTURE, router=SigmoidTopK(), aux_loss_scope="sequence", capacity_factor=1.25),
     ),
-    Block(attention=MHA(heads=2), ffn=replace(MIXTURE, shared_experts=0, balance_over="global_batch")),
+    Block(attention=MHA(heads=2), ffn=replace(MIXTURE, shared_experts=0, aux_loss_scope="global_batch")),
 )
 
 
 def model_of(*blocks: Block | NormalizedBlock, position=RoPE()) -> Transformer:  # noqa: B008 - a frozen value
-    return Transformer(vocab=64, dim=D, context=T, position=position, blocks=blocks, init=Init(std=0.2))
+    return Transformer(vocab_size=64, dim=D, max_seq_len=T, position=position, layers=blocks, init=Init(std=0.2))
 
 
 DENSE = {
     "gqa": (model_of(EQUAL, EQUAL, EQUAL), 1),
     "mla": (
         model_of(
-            Block(attention=MLA(heads=2, kv_compression_dim=8), ffn=GELU(width=24, bias=True)),
-            position=DecoupledRoPE(width=4),
+            Block(attention=MLA(heads=2, kv_compression_dim=8), ffn=GELU(hidden_dim=24, bias=True)),
+            position=DecoupledRoPE(rope_head_dim=4),
         ),
         1,
     ),
     "masks": (
         model_of(
-            Block(attention=MHA(heads=2, window=4, sinks=True), ffn=GATED),
-            Block(attention=MHA(heads=2, kernel="explicit", soft_cap=20.0), ffn=GATED),
+            Block(attention=MHA(heads=2, sliding_window=4, attention_sinks=True), ffn=GATED),
+            Block(attention=MHA(heads=2, kernel="explicit", logit_softcap=20.0), ffn=GATED),
             position=ALiBi(),
         ),
         2,
@@ -72,11 +72,13 @@ DENSE = {
     "other matrices": (
         model_of(
             Block(
-                attention=LinearAttention(heads=2, chunk=4, matrix=TernaryMatrix()),
-                ffn=SwiGLU(width=24, matrix=TernaryMatrix()),
+                attention=LinearAttention(heads=2, chunk=4, linear=TernaryLinearKind()),
+                ffn=SwiGLU(hidden_dim=24, linear=TernaryLinearKind()),
             ),
             NormalizedBlock(
-                attention=MHA(heads=2, matrix=UnitMatrix()), ffn=SwiGLU(width=24, matrix=UnitMatrix()), dropout=0.1
+                attention=MHA(heads=2, linear=UnitLinearKind()),
+                ffn=SwiGLU(hidden_dim=24, linear=UnitLinearKind()),
+                dropout=0.1,
             ),
         ),
         2,
@@ -95,10 +97,10 @@ def fresh(monkeypatch, tmp_path) -> Iterator[None]:
 
 
 def make(spec: Transformer, backend: str | None, parts: str = "none") -> nn.Module:
-    model, recompute = spec.build_initialized(0), Recompute(parts=parts)
+    model, recompute = spec.build_initialized(0), ActivationCheckpointing(parts=parts)
     if backend is not None:
-        compile_blocks(model, recompute, "cpu", backend)
-    apply_recompute(model, recompute)
+        compile_layers(model, recompute, "cpu", backend)
+    apply_activation_checkpointing(model, recompute)
     return model
 
 
@@ -163,7 +165,7 @@ def test_nothing_is_compiled_again():
 def test_long_documents_stay_outside(monkeypatch):
     """Attention to them is the only thing left out, and each batch may have others."""
     monkeypatch.setattr(blocks, "MASKED_TOKENS", T - 1)
-    spec = model_of(EQUAL, Block(attention=MHA(heads=2, window=3, sinks=True), ffn=GATED))
+    spec = model_of(EQUAL, Block(attention=MHA(heads=2, sliding_window=3, attention_sinks=True), ffn=GATED))
     compiled, expected = make(spec, "aot_eager"), make(spec, None)
     for model in (compiled, expected):
         model.eval()  # dropout draws other numbers in compiled code
@@ -188,8 +190,8 @@ def test_the_way_to_the_experts_stays_outside():
     """All else of a mixture's block is compiled: attention, weights of the choices, measures, shared experts."""
     compiled, expected = make(SPARSE_MODEL, "aot_eager"), make(SPARSE_MODEL, None)
     seen: list[bool] = []
-    for block in compiled.blocks:
-        for outside in (block.ffn.exchange, block.ffn.experts):
+    for block in compiled.layers:
+        for outside in (block.ffn.dispatcher, block.ffn.experts):
             outside.register_forward_pre_hook(lambda *_: seen.append(torch.compiler.is_compiling()))
     assert_same(compiled, expected)
     assert len(seen) == 3 * 2 * 2 * len(SPARSE)  # really called, in each step and evaluation
@@ -216,7 +218,7 @@ def test_a_gpus_question_for_shared_heads_breaks_no_graph(monkeypatch):
 @pytest.mark.gpu
 def test_a_gpus_question_for_shared_heads_breaks_no_graph_there():
     model = model_of(EQUAL).build_initialized(0, "cuda").bfloat16()
-    compile_blocks(model, Recompute(), "cuda", "aot_eager")
+    compile_layers(model, ActivationCheckpointing(), "cuda", "aot_eager")
     inputs_BT, targets_BT, _ = batch(0)
     model(inputs_BT.cuda(), targets_BT.cuda()).cross_entropy_sum.backward()
     assert counters["stats"]["unique_graphs"] == 1
@@ -233,7 +235,7 @@ def test_parts_run_again_around_what_is_compiled(parts):
 @torch._dynamo.config.patch(recompile_limit=1)
 def test_more_kinds_than_torch_allows_by_itself():
     """Its limit counts all blocks together."""
-    kinds = [Block(attention=MHA(heads=2, window=window), ffn=GELU(width=8)) for window in (1, 2, 3)]
+    kinds = [Block(attention=MHA(heads=2, sliding_window=window), ffn=GELU(hidden_dim=8)) for window in (1, 2, 3)]
     train(make(model_of(*kinds), "eager"), range(1))
     assert counters["stats"]["unique_graphs"] == 2 * len(kinds)
 
@@ -241,7 +243,7 @@ def test_more_kinds_than_torch_allows_by_itself():
 def test_nothing_holds_the_weights_that_zero_3_frees():
     """What a forward pass keeps for the backward pass are parameters themselves, not views of their storage."""
     model = make(model_of(EQUAL), "aot_eager_decomp_partition")  # which keeps what inductor would keep
-    storages = {parameter.untyped_storage().data_ptr() for parameter in model.blocks.parameters()}
+    storages = {parameter.untyped_storage().data_ptr() for parameter in model.layers.parameters()}
     kept: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
@@ -251,7 +253,7 @@ def test_nothing_holds_the_weights_that_zero_3_frees():
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(*batch(0)[:2])
     of_weights = [tensor for tensor in kept if tensor.untyped_storage().data_ptr() in storages]
-    assert len(of_weights) == len(list(model.blocks.parameters()))
+    assert len(of_weights) == len(list(model.layers.parameters()))
     assert all(isinstance(tensor, nn.Parameter) for tensor in of_weights)
 
 
@@ -273,7 +275,7 @@ def test_a_missing_compiler_is_told_before_the_start(monkeypatch, tmp_path, on_g
         check_compiler(on_gpu)
     monkeypatch.delenv(variable)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match=f"name one in {variable}, or use --parallel.compile_blocks false"):
+    with pytest.raises(UserError, match=f"name one in {variable}, or use --parallel.compile false"):
         check_compiler(on_gpu)
 
 

@@ -13,15 +13,15 @@ from mosaic_dist.model import (
     ClampedSwiGLU,
     DenseFFN,
     GroupedLinear,
-    PlainMatrix,
+    PlainLinearKind,
     Rows,
     SwiGLU,
-    TernaryMatrix,
+    TernaryLinearKind,
     pack_ternary,
     ternary,
     unpack_ternary,
 )
-from mosaic_dist.model.ternary import effective_weight, round_rows, round_weight
+from mosaic_dist.model.ternary import round_rows, round_weight, transform_weight
 from mosaic_dist.spec import SpecError, parse
 
 DIM, WIDTH = 6, 10
@@ -58,7 +58,7 @@ HIDDEN = {
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("kind", HIDDEN)
 def test_each_kind_is_its_formula(kind, bias):
-    layer = randomize(kind(width=WIDTH, bias=bias).build(DIM), std=3.0)
+    layer = randomize(kind(hidden_dim=WIDTH, bias=bias).build(DIM), std=3.0)
     x = torch.randn(2, 3, DIM)
     out, extras = layer(x)
     network = layer.network
@@ -82,7 +82,7 @@ def test_each_kind_is_its_formula(kind, bias):
 
 
 def test_clamped_swiglu_has_no_gradient_beyond_its_limits():
-    network = ClampedSwiGLU(width=1, limit=2.0).build_network(1, 1)
+    network = ClampedSwiGLU(hidden_dim=1, limit=2.0).build_network(1, 1)
     with torch.no_grad():
         for part in (network.gate, network.up, network.down):
             part.weight.fill_(1.0)
@@ -93,9 +93,9 @@ def test_clamped_swiglu_has_no_gradient_beyond_its_limits():
 
 def product(stack: GroupedLinear, x: Tensor, counts: list[int]) -> Tensor:
     """What a single stack of matrices gives for rows that are sorted by expert."""
-    weight = stack.effective_weight()
+    weight = stack.transform_weight()
     bias = torch.zeros(len(weight), weight.shape[2]) if stack.bias is None else stack.bias
-    parts = stack.seen_rows(x).split(counts)
+    parts = stack.transform_input(x).split(counts)
     return torch.cat([part @ weight[e] + bias[e] for e, part in enumerate(parts)])
 
 
@@ -106,11 +106,11 @@ def in_order(counts: list[int], weights: Tensor | None = None) -> Rows:
     return Rows(numbers, weights, numbers[:, None], torch.tensor(counts))
 
 
-@pytest.mark.parametrize("matrix", [PlainMatrix(), TernaryMatrix()])
+@pytest.mark.parametrize("matrix", [PlainLinearKind(), TernaryLinearKind()])
 @pytest.mark.parametrize("kind", HIDDEN)
 def test_stacked_experts_are_single_networks(kind, matrix):
     """Values and gradients of the grouped form against one network per expert; expert 1 gets no rows."""
-    spec: DenseFFN = kind(width=WIDTH, bias=True, matrix=matrix)
+    spec: DenseFFN = kind(hidden_dim=WIDTH, bias=True, linear=matrix)
     stack, counts = randomize(spec.build_experts(DIM, WIDTH, 3)), [4, 0, 1]
     x = torch.randn(5, DIM, requires_grad=True)
     single_x = x.detach().clone().requires_grad_()
@@ -139,7 +139,7 @@ def test_stacked_experts_are_single_networks(kind, matrix):
 
 
 def test_experts_without_any_row_have_zero_gradients():
-    stack = randomize(SwiGLU(width=WIDTH, bias=True, matrix=TernaryMatrix()).build_experts(DIM, WIDTH, 2))
+    stack = randomize(SwiGLU(hidden_dim=WIDTH, bias=True, linear=TernaryLinearKind()).build_experts(DIM, WIDTH, 2))
     stack(torch.zeros(0, DIM), in_order([0, 0])).sum().backward()
     assert all(p.grad is not None and p.grad.eq(0).all() for p in stack.parameters())
 
@@ -199,7 +199,7 @@ def test_roundings_pass_their_gradient_straight_through():
 
 def test_bitlinear_is_a_loop_over_rows_and_outputs():
     """Integers times integers, and two scales: the product that an int8 kernel would make."""
-    layer = randomize(TernaryMatrix().build(7, 5, bias=True))
+    layer = randomize(TernaryLinearKind().build(7, 5, bias=True))
     x = 3 * torch.randn(4, 7)
     values, scale = round_clip(layer.weight)
     out = layer(x)
@@ -216,7 +216,7 @@ def test_bitlinear_is_a_loop_over_rows_and_outputs():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_bitlinear_in_half_precision_is_near_float32_with_huge_and_tiny_rows(dtype):
-    layer = randomize(TernaryMatrix().build(64, 32), std=0.02).to(dtype)
+    layer = randomize(TernaryLinearKind().build(64, 32), std=0.02).to(dtype)
     x = torch.randn(4, 64) * torch.tensor([1e-3, 1.0, 100.0, 1e4])[:, None]
     out = layer(x.to(dtype))
     assert out.dtype == dtype
@@ -244,11 +244,11 @@ def test_every_byte_is_its_base_3_digits():
 
 
 def test_a_packed_layer_gives_the_same_output():
-    layer = randomize(TernaryMatrix().build_stack(3, 8, 5, bias=True), std=0.02)
+    layer = randomize(TernaryLinearKind().build_stack(3, 8, 5, bias=True), std=0.02)
     values, scale = ternary(layer.weight)
     x, counts = torch.randn(6, 8), [1, 2, 3]
     before = product(layer, x, counts)
-    back = effective_weight(unpack_ternary(pack_ternary(values), values.shape), scale, torch.float32)
+    back = transform_weight(unpack_ternary(pack_ternary(values), values.shape), scale, torch.float32)
     rows = [c @ back[i] + layer.bias[i] for i, c in enumerate(round_rows(x).split(counts))]
     assert torch.equal(torch.cat(rows), before)
 
@@ -265,7 +265,7 @@ def test_what_is_not_ternary_is_refused():
 
 
 def test_matrices_and_limits_are_chosen_by_name():
-    spec = parse(DenseFFN, {"type": "clamped_swiglu", "width": 4, "matrix": "ternary", "limit": 5}, "ffn")
-    assert spec == ClampedSwiGLU(width=4, matrix=TernaryMatrix(), limit=5.0)
-    with pytest.raises(SpecError, match=r"ffn.matrix.type: no kind 'ternery' of Matrix; did you mean 'ternary'"):
-        parse(DenseFFN, {"type": "gelu", "width": 4, "matrix": "ternery"}, "ffn")
+    spec = parse(DenseFFN, {"type": "clamped_swiglu", "hidden_dim": 4, "linear": "ternary", "limit": 5}, "ffn")
+    assert spec == ClampedSwiGLU(hidden_dim=4, linear=TernaryLinearKind(), limit=5.0)
+    with pytest.raises(SpecError, match=r"ffn.linear.type: no kind 'ternery' of LinearKind; did you mean 'ternary'"):
+        parse(DenseFFN, {"type": "gelu", "hidden_dim": 4, "linear": "ternery"}, "ffn")

@@ -11,8 +11,8 @@ V, T = 64, 640
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SPECS = {
     "gqa": (GQA(heads=4, kv_heads=2), RoPE()),
-    "sinks and a window": (GQA(heads=4, kv_heads=2, sinks=True, window=48), RoPE()),
-    "mla": (MLA(heads=4, kv_compression_dim=16), DecoupledRoPE(width=8)),
+    "sinks and a window": (GQA(heads=4, kv_heads=2, attention_sinks=True, sliding_window=48), RoPE()),
+    "mla": (MLA(heads=4, kv_compression_dim=16), DecoupledRoPE(rope_head_dim=8)),
 }
 
 
@@ -33,9 +33,9 @@ def numbers(spec: Transformer, device: str, dtype: torch.dtype) -> dict[str, Ten
 def test_long_documents_are_what_a_mask_shows(name, device, monkeypatch):
     """The mask on the CPU in float32 tells what is right; in bfloat16 a choice of experts turns here and there."""
     attention, position = SPECS[name]
-    block = Block(attention=attention, ffn=SwiGLU(width=64))
-    sparse = Block(attention=attention, ffn=MoESwiGLU(width=32, experts=4))
-    spec = Transformer(vocab=V, dim=64, context=T, position=position, blocks=(block, sparse))
+    block = Block(attention=attention, ffn=SwiGLU(hidden_dim=64))
+    sparse = Block(attention=attention, ffn=MoESwiGLU(hidden_dim=32, experts=4))
+    spec = Transformer(vocab_size=V, dim=64, max_seq_len=T, position=position, layers=(block, sparse))
     found = {dtype: numbers(spec, device, dtype) for dtype in (torch.float32, torch.bfloat16)}
     monkeypatch.setattr(blocks, "MASKED_TOKENS", T)
     exact = numbers(spec, "cpu", torch.float32)

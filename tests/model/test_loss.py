@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mosaic_dist.model import (
     GELU,
     MHA,
+    ActivationCheckpointing,
     Block,
     Embedding,
     Factored,
@@ -16,14 +17,13 @@ from mosaic_dist.model import (
     Head,
     Loss,
     MoE,
-    Recompute,
     SwiGLU,
     Table,
     Tied,
     Transformer,
     UnitHead,
     Untied,
-    apply_recompute,
+    apply_activation_checkpointing,
 )
 from mosaic_dist.model.loss import AUTO_LOGITS, ROUND_TOKENS
 from mosaic_dist.targets import IGNORE_INDEX
@@ -64,15 +64,15 @@ def batch(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tenso
     return x_BTD, targets_BT
 
 
-def exact(module, x_BTD, targets_BT, z_weight: float):
+def exact(module, x_BTD, targets_BT, z_loss_coef: float):
     """Loss, z-loss and gradients in float64, token by token from the logits."""
     module, x_BTD = module.double(), x_BTD.detach().double().requires_grad_()
     loss = z_loss = torch.zeros((), dtype=torch.float64)
     for logits_V, target in zip(module["head"](x_BTD).flatten(0, 1), targets_BT.flatten(), strict=True):
         if target != IGNORE_INDEX:
             log_z = logits_V.exp().sum().log()
-            z_loss = z_loss + z_weight * log_z**2
-            loss = loss + log_z - logits_V[target] + z_weight * log_z**2
+            z_loss = z_loss + z_loss_coef * log_z**2
+            loss = loss + log_z - logits_V[target] + z_loss_coef * log_z**2
     loss.backward()
     return loss, z_loss, gradients(module, x_BTD)
 
@@ -82,16 +82,16 @@ def gradients(module, x_BTD) -> dict[str, torch.Tensor]:
     return named | {"x": x_BTD.grad}
 
 
-@pytest.mark.parametrize("z_weight", [0.0, 0.01])
+@pytest.mark.parametrize("z_loss_coef", [0.0, 0.01])
 @pytest.mark.parametrize("chunk_tokens", [CHUNK, B * T])
 @pytest.mark.parametrize("name", HEADS)
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
-def test_loss_and_gradients_are_those_of_all_logits(name, dtype, chunk_tokens, z_weight):
+def test_loss_and_gradients_are_those_of_all_logits(name, dtype, chunk_tokens, z_loss_coef):
     module, (x_BTD, targets_BT) = make(name, dtype=dtype), batch(dtype)
-    scores = Loss(chunk_tokens=chunk_tokens, z_weight=z_weight).score(module["head"], x_BTD, targets_BT, VOCAB)
+    scores = Loss(chunk_tokens=chunk_tokens, z_loss_coef=z_loss_coef).score(module["head"], x_BTD, targets_BT, VOCAB)
     (3 * scores.loss).backward()
     got = gradients(module, x_BTD)
-    loss, z_loss, expected = exact(make(name, dtype=dtype), x_BTD, targets_BT, z_weight)
+    loss, z_loss, expected = exact(make(name, dtype=dtype), x_BTD, targets_BT, z_loss_coef)
     assert scores.loss.dtype == torch.float32
     torch.testing.assert_close(scores.loss.double(), loss, rtol=LIMIT * ROUNDING[dtype], atol=0.0)
     torch.testing.assert_close(scores.z_loss.double(), z_loss, rtol=LIMIT * ROUNDING[dtype], atol=0.0)
@@ -105,7 +105,7 @@ def test_loss_and_gradients_are_those_of_all_logits(name, dtype, chunk_tokens, z
 
 def test_nothing_scored_is_no_loss_and_no_gradient():
     module, (x_BTD, targets_BT) = make("linear"), batch()
-    scores = Loss(chunk_tokens=CHUNK, z_weight=0.1).score(
+    scores = Loss(chunk_tokens=CHUNK, z_loss_coef=0.1).score(
         module["head"], x_BTD, torch.full_like(targets_BT, IGNORE_INDEX), VOCAB
     )
     scores.loss.backward()
@@ -126,13 +126,13 @@ def test_without_gradients_no_product_is_made_for_them():
 @pytest.mark.parametrize("parts", ["none", "full"])
 def test_a_model_trains_the_same_in_chunks(parts):
     """A tied table has the gradients of both its uses; what runs again is not disturbed."""
-    mixture = MoE(expert=SwiGLU(width=16), experts=4, balance_weight=0.1)
-    block = Block(attention=MHA(heads=2), ffn=mixture), Block(attention=MHA(heads=2), ffn=GELU(width=16))
-    plain = Transformer(vocab=VOCAB, dim=D, context=T, blocks=block)
+    mixture = MoE(expert=SwiGLU(hidden_dim=16), experts=4, aux_loss_coef=0.1)
+    block = Block(attention=MHA(heads=2), ffn=mixture), Block(attention=MHA(heads=2), ffn=GELU(hidden_dim=16))
+    plain = Transformer(vocab_size=VOCAB, dim=D, max_seq_len=T, layers=block)
     found = []
     for spec in (plain, dataclasses.replace(plain, loss=Loss(chunk_tokens=CHUNK))):
         model = spec.build_initialized(0)
-        apply_recompute(model, Recompute(parts=parts))
+        apply_activation_checkpointing(model, ActivationCheckpointing(parts=parts))
         tokens_BT = torch.randint(0, VOCAB, (B, T + 1), generator=torch.Generator().manual_seed(2))
         parts_of_loss = model(tokens_BT[:, :-1], tokens_BT[:, 1:])
         (parts_of_loss.cross_entropy_sum / (B * T) + parts_of_loss.auxiliary).backward()
@@ -145,9 +145,11 @@ def test_a_model_trains_the_same_in_chunks(parts):
 
 @pytest.mark.parametrize("chunk_tokens", [CHUNK, B * T])
 def test_the_z_loss_is_told_apart(chunk_tokens):
-    spec = Transformer(vocab=VOCAB, dim=D, context=T, blocks=(Block(attention=MHA(heads=2), ffn=GELU(width=8)),))
+    spec = Transformer(
+        vocab_size=VOCAB, dim=D, max_seq_len=T, layers=(Block(attention=MHA(heads=2), ffn=GELU(hidden_dim=8)),)
+    )
     tokens_BT = torch.randint(0, VOCAB, (B, T), generator=torch.Generator().manual_seed(2))
-    both = dataclasses.replace(spec, loss=Loss(z_weight=0.5, chunk_tokens=chunk_tokens))
+    both = dataclasses.replace(spec, loss=Loss(z_loss_coef=0.5, chunk_tokens=chunk_tokens))
     plain, with_z = (model.build_initialized(0)(tokens_BT, tokens_BT) for model in (spec, both))
     torch.testing.assert_close(with_z.cross_entropy_sum, plain.cross_entropy_sum)
     logits_SV = spec.build_initialized(0)(tokens_BT).flatten(0, 1)
@@ -171,7 +173,7 @@ def test_chunks_begin_where_logits_are_many():
 )
 def test_it_compiles_in_one_piece():
     module, (x_BTD, targets_BT) = make("linear"), batch()
-    head, loss = module["head"], Loss(chunk_tokens=CHUNK, z_weight=0.01)
+    head, loss = module["head"], Loss(chunk_tokens=CHUNK, z_loss_coef=0.01)
     expected = loss.score(head, x_BTD, targets_BT, VOCAB)
     compiled = torch.compile(lambda x: loss.score(head, x, targets_BT, VOCAB).loss, fullgraph=True, backend="aot_eager")
     got = compiled(x_BTD)

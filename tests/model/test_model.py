@@ -24,16 +24,16 @@ from mosaic_dist.model import (
 )
 from mosaic_dist.model.linear import GroupedLinear
 from mosaic_dist.model.moe.balance import balance_loss
-from mosaic_dist.model.transformer import make_sight
+from mosaic_dist.model.transformer import make_attention_metadata
 from mosaic_dist.spec import override
 from mosaic_dist.targets import IGNORE_INDEX
 
 SMALL = Transformer(
-    vocab=37,
+    vocab_size=37,
     dim=16,
-    context=12,
+    max_seq_len=12,
     embedding=Factored(rank=8),
-    blocks=2 * (Block(attention=MHA(heads=4), ffn=MoE(expert=SwiGLU(width=32), split=4, experts=4, top_k=2)),),
+    layers=2 * (Block(attention=MHA(heads=4), ffn=MoE(expert=SwiGLU(hidden_dim=32), split=4, experts=4, top_k=2)),),
 )
 
 
@@ -57,13 +57,13 @@ def test_attention_is_the_loop_over_heads_and_tokens():
                 scores = torch.stack([q[b, t, part] @ k[b, s, part] / math.sqrt(width) for s in range(t + 1)])
                 expected[b, t, part] = (scores.softmax(0)[:, None] * v[b, : t + 1, part]).sum(0)
     expected = functional.linear(expected, layer.output.weight, layer.output.bias)
-    sight = make_sight(torch.zeros(2, T), None)
-    torch.testing.assert_close(layer(x, sight), expected, rtol=1e-5, atol=1e-5)
+    metadata = make_attention_metadata(torch.zeros(2, T), None)
+    torch.testing.assert_close(layer(x, metadata), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_explicit_attention_equals_sdpa_in_values_and_gradients():
     fused = SMALL.build_initialized(0)
-    explicit = override(SMALL, {"blocks.attention.kernel": "explicit"}).build_initialized(0)
+    explicit = override(SMALL, {"layers.attention.kernel": "explicit"}).build_initialized(0)
     x = tokens(2, 13)
     losses = []
     for model in (fused, explicit):
@@ -89,12 +89,12 @@ def test_no_token_sees_the_future():
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 def test_mixture_is_the_loop_over_tokens(top_k, normalize):
     spec = MoE(
-        expert=SwiGLU(width=32),
+        expert=SwiGLU(hidden_dim=32),
         split=4,
         experts=4,
         top_k=top_k,
         router=SoftmaxTopK(normalize=normalize),
-        balance_weight=0.5,
+        aux_loss_coef=0.5,
     )
     layer = spec.build(16)
     assert isinstance(layer, MixtureOfExperts)
@@ -119,7 +119,7 @@ def test_mixture_is_the_loop_over_tokens(top_k, normalize):
 
 
 def test_mixture_with_starved_experts_and_one_token():
-    layer = MoE(expert=GELU(width=8), experts=4, top_k=1).build(4)
+    layer = MoE(expert=GELU(hidden_dim=8), experts=4, top_k=1).build(4)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)
     with torch.no_grad():
@@ -184,11 +184,11 @@ def test_initial_weights_belong_to_names_not_to_order():
 
 
 def test_initial_weights_have_the_spread_of_gpt2():
-    spec = override(SMALL, {"dim": 128, "blocks.ffn.expert.width": 512})
+    spec = override(SMALL, {"dim": 128, "layers.ffn.expert.hidden_dim": 512})
     model = spec.build_initialized(0)
-    assert model.blocks[0].attention.query.weight.std().item() == pytest.approx(0.02, rel=0.05)
-    assert model.blocks[0].attention.output.weight.std().item() == pytest.approx(0.02 / math.sqrt(4), rel=0.05)
-    assert model.blocks[1].ffn.experts.down.weight.std().item() == pytest.approx(0.02 / math.sqrt(4), rel=0.05)
+    assert model.layers[0].attention.query.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert model.layers[0].attention.output.weight.std().item() == pytest.approx(0.02 / math.sqrt(4), rel=0.05)
+    assert model.layers[1].ffn.experts.down.weight.std().item() == pytest.approx(0.02 / math.sqrt(4), rel=0.05)
     assert model.norm.weight.eq(1).all()
 
 
@@ -203,7 +203,11 @@ def test_counts_are_those_of_the_module():
 
 def test_flops_count_matrices_and_half_of_the_attention():
     dense = Transformer(
-        vocab=10, dim=8, context=4, head=Untied(), blocks=(Block(attention=MHA(heads=2), ffn=SwiGLU(width=16)),)
+        vocab_size=10,
+        dim=8,
+        max_seq_len=4,
+        head=Untied(),
+        layers=(Block(attention=MHA(heads=2), ffn=SwiGLU(hidden_dim=16)),),
     )
     matrices = 4 * 8 * 8 + 3 * 8 * 16 + 8 * 10
     norms = 3 * 8

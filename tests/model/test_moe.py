@@ -20,7 +20,7 @@ from mosaic_dist.model import (
     SigmoidTopK,
     SoftmaxTopK,
     SwiGLU,
-    TernaryMatrix,
+    TernaryLinearKind,
     TopKSoftmax,
     Transformer,
     Untied,
@@ -36,8 +36,8 @@ ROUTERS = [
     TopKSoftmax(),
     SigmoidTopK(),
     SigmoidTopK(normalize=False, scale=2.5),
-    SigmoidTopK(scale=2.5, groups=4, top_groups=2),
-    SigmoidTopK(groups=8, top_groups=4),
+    SigmoidTopK(scale=2.5, num_groups=4, topk_groups=2),
+    SigmoidTopK(num_groups=8, topk_groups=4),
 ]
 
 
@@ -66,9 +66,9 @@ def route(
     assert isinstance(spec, SigmoidTopK)
     scores = [1 / (1 + math.exp(-logit)) for logit in logits]
     corrected = [s + c for s, c in zip(scores, correction, strict=True)]
-    size = len(logits) // spec.groups
-    groups = [corrected[g * size : (g + 1) * size] for g in range(spec.groups)]
-    allowed = best([sum(sorted(group)[-2:]) for group in groups], spec.top_groups)
+    size = len(logits) // spec.num_groups
+    groups = [corrected[g * size : (g + 1) * size] for g in range(spec.num_groups)]
+    allowed = best([sum(sorted(group)[-2:]) for group in groups], spec.topk_groups)
     chosen = best([c if e // size in allowed else -math.inf for e, c in enumerate(corrected)], top_k)
     total = sum(scores[e] for e in chosen) if spec.normalize else 1.0
     return chosen, [scores[e] / total * spec.scale for e in chosen], [s / sum(scores) for s in scores]
@@ -76,8 +76,8 @@ def route(
 
 def make(spec: MoE, std: float = 1.0) -> MixtureOfExperts:
     layer = randomize(spec.build(DIM), std)
-    if hasattr(layer.router, "correction"):
-        layer.router.correction.normal_(std=0.5, generator=torch.Generator().manual_seed(1))
+    if hasattr(layer.router, "expert_bias"):
+        layer.router.expert_bias.normal_(std=0.5, generator=torch.Generator().manual_seed(1))
     return layer
 
 
@@ -85,10 +85,10 @@ def make(spec: MoE, std: float = 1.0) -> MixtureOfExperts:
 @pytest.mark.parametrize("top_k", [1, 3])
 @pytest.mark.parametrize("spec", ROUTERS, ids=str)
 def test_a_router_is_the_loop_over_tokens(spec, top_k, bias):
-    router = make(MoE(expert=GELU(width=4), experts=EXPERTS, top_k=top_k, router=spec, router_bias=bias)).router
+    router = make(MoE(expert=GELU(hidden_dim=4), experts=EXPERTS, top_k=top_k, router=spec, router_bias=bias)).router
     x = torch.randn(TOKENS, DIM)
     _, probs, weights, experts = router(x)
-    correction = getattr(router, "correction", torch.zeros(EXPERTS)).tolist()
+    correction = getattr(router, "expert_bias", torch.zeros(EXPERTS)).tolist()
     for s in range(TOKENS):
         logits = router.weight @ x[s] + (router.bias if bias else 0)
         chosen, expected, shares = route(spec, logits.tolist(), top_k, correction)
@@ -101,7 +101,7 @@ def test_a_router_is_the_loop_over_tokens(spec, top_k, bias):
 def test_top_k_softmax_is_normalised_softmax_top_k_in_values_and_gradients():
     results = []
     for spec in (SoftmaxTopK(), TopKSoftmax()):
-        layer = make(MoE(expert=SwiGLU(width=4), experts=EXPERTS, top_k=3, router=spec, router_bias=True), std=0.5)
+        layer = make(MoE(expert=SwiGLU(hidden_dim=4), experts=EXPERTS, top_k=3, router=spec, router_bias=True), std=0.5)
         out, extras = layer(torch.randn(TOKENS, DIM, generator=torch.Generator().manual_seed(2)))
         (out.square().sum() + extras["balance_loss"]).backward()
         results.append([out, extras["balance_loss"], *(p.grad for p in layer.parameters())])
@@ -109,51 +109,51 @@ def test_top_k_softmax_is_normalised_softmax_top_k_in_values_and_gradients():
 
 
 def test_routing_is_in_float32_whatever_the_weights():
-    layer = make(MoE(expert=GELU(width=4), experts=EXPERTS, router=SigmoidTopK(), router_bias=True))
+    layer = make(MoE(expert=GELU(hidden_dim=4), experts=EXPERTS, router=SigmoidTopK(), router_bias=True))
     router = layer.router
     for parameter in router.parameters():  # as DeepSpeed casts: parameters, not buffers
         parameter.data = parameter.data.bfloat16()
     routing = router(torch.randn(TOKENS, DIM).bfloat16())
-    assert routing.weights_SK.dtype == routing.probs_SE.dtype == router.correction.dtype == torch.float32
+    assert routing.weights_SK.dtype == routing.probs_SE.dtype == router.expert_bias.dtype == torch.float32
     routing.weights_SK.square().sum().backward()
     assert router.weight.grad.dtype == torch.bfloat16
 
 
 def test_the_correction_moves_choices_but_not_weights_and_gets_no_gradient():
-    layer = MoE(expert=GELU(width=4), experts=4, top_k=2, router=SigmoidTopK(normalize=False)).build(DIM)
+    layer = MoE(expert=GELU(hidden_dim=4), experts=4, top_k=2, router=SigmoidTopK(normalize=False)).build(DIM)
     randomize(layer)
     x = torch.randn(TOKENS, DIM)
     scores = (x @ layer.router.weight.T).sigmoid()
-    layer.router.correction.copy_(torch.tensor([0.0, -10.0, 10.0, -10.0]))
+    layer.router.expert_bias.copy_(torch.tensor([0.0, -10.0, 10.0, -10.0]))
     routing = layer.router(x)
     assert routing.experts_SK.tolist() == [[2, 0]] * TOKENS
     torch.testing.assert_close(routing.weights_SK, scores[:, [2, 0]])
     torch.testing.assert_close(routing.probs_SE, scores / scores.sum(-1, keepdim=True))
-    assert "router.correction" in layer.state_dict()
-    assert "router.correction" not in dict(layer.named_parameters())
-    assert layer.router.correction.dtype == torch.float32
+    assert "router.expert_bias" in layer.state_dict()
+    assert "router.expert_bias" not in dict(layer.named_parameters())
+    assert layer.router.expert_bias.dtype == torch.float32
 
 
 def test_a_left_out_group_loses_to_negative_corrected_scores():
     """With 0 for the experts left out, as some implementations have it, they would win here."""
-    layer = make(MoE(expert=GELU(width=4), experts=4, top_k=2, router=SigmoidTopK(groups=2, top_groups=1)))
-    layer.router.correction.copy_(torch.tensor([-5.0, -5.0, -9.0, -9.0]))
+    layer = make(MoE(expert=GELU(hidden_dim=4), experts=4, top_k=2, router=SigmoidTopK(num_groups=2, topk_groups=1)))
+    layer.router.expert_bias.copy_(torch.tensor([-5.0, -5.0, -9.0, -9.0]))
     assert layer.router(torch.randn(TOKENS, DIM)).experts_SK.max() == 1
 
 
 def test_the_correction_has_zeros_on_a_model_from_the_meta_device():
     with torch.device("meta"):
-        layer = MoE(expert=GELU(width=4), experts=4, router=SigmoidTopK()).build(DIM)
+        layer = MoE(expert=GELU(hidden_dim=4), experts=4, router=SigmoidTopK()).build(DIM)
     assert layer.router.weight.is_meta
-    assert layer.router.correction.tolist() == [0.0] * 4
+    assert layer.router.expert_bias.tolist() == [0.0] * 4
 
 
 @pytest.mark.parametrize("matrix", ["plain", "ternary"])
 @pytest.mark.parametrize("kind", ["gelu", "swiglu", "geglu", "clamped_swiglu"])
-@pytest.mark.parametrize("router", [TopKSoftmax(), SigmoidTopK(groups=2, top_groups=1, scale=2.5)], ids=str)
+@pytest.mark.parametrize("router", [TopKSoftmax(), SigmoidTopK(num_groups=2, topk_groups=1, scale=2.5)], ids=str)
 def test_a_mixture_is_the_loop_over_tokens_in_values_and_gradients(router, kind, matrix):
     """Experts as single networks, one call per token and choice; shared experts as one more network."""
-    expert = parse(FFN, {"type": kind, "width": 12, "bias": True, "matrix": matrix}, "")
+    expert = parse(FFN, {"type": kind, "hidden_dim": 12, "bias": True, "linear": matrix}, "")
     spec = MoE(
         expert=expert,
         split=2,
@@ -162,7 +162,7 @@ def test_a_mixture_is_the_loop_over_tokens_in_values_and_gradients(router, kind,
         shared_experts=2,
         router=router,
         router_bias=True,
-        balance_weight=0.5,
+        aux_loss_coef=0.5,
     )
     layer = make(spec)
     x = torch.randn(3, 5, DIM, requires_grad=True)
@@ -188,7 +188,7 @@ def test_a_mixture_is_the_loop_over_tokens_in_values_and_gradients(router, kind,
 
 
 def test_shared_experts_are_the_sum_of_single_ones():
-    layer = make(MoE(expert=SwiGLU(width=12), split=2, experts=4, shared_experts=3))
+    layer = make(MoE(expert=SwiGLU(hidden_dim=12), split=2, experts=4, shared_experts=3))
     assert layer.shared.gate.weight.shape == (18, DIM)
     x, expected = torch.randn(5, DIM), torch.zeros(5, DIM)
     for i in range(3):
@@ -202,12 +202,12 @@ def test_shared_experts_are_the_sum_of_single_ones():
 @pytest.mark.parametrize("matrix", ["plain", "ternary"])
 @pytest.mark.parametrize("router", [SoftmaxTopK(), TopKSoftmax(), SigmoidTopK()], ids=str)
 def test_all_tokens_to_one_expert_leave_zero_gradients_elsewhere(router, matrix, tokens):
-    expert = parse(FFN, {"type": "clamped_swiglu", "width": 8, "bias": True, "matrix": matrix}, "")
+    expert = parse(FFN, {"type": "clamped_swiglu", "hidden_dim": 8, "bias": True, "linear": matrix}, "")
     layer = make(MoE(expert=expert, experts=4, top_k=1, shared_experts=1, router=router, router_bias=True))
     with torch.no_grad():
         layer.router.bias.copy_(torch.tensor([0.0, 0.0, 500.0, 0.0]))
         if isinstance(router, SigmoidTopK):
-            layer.router.correction.copy_(torch.tensor([0.0, 0.0, 500.0, 0.0]))
+            layer.router.expert_bias.copy_(torch.tensor([0.0, 0.0, 500.0, 0.0]))
     out, extras = layer(torch.randn(1, tokens, DIM))
     (out.square().sum() + extras["balance_loss"]).backward()
     assert extras["expert_load"].tolist() == [0, 0, tokens, 0]
@@ -220,7 +220,7 @@ def test_all_tokens_to_one_expert_leave_zero_gradients_elsewhere(router, matrix,
 
 
 def test_ternary_experts_have_three_values_each_and_scales_of_their_own():
-    layer = make(MoE(expert=SwiGLU(width=32, matrix=TernaryMatrix()), experts=3))
+    layer = make(MoE(expert=SwiGLU(hidden_dim=32, linear=TernaryLinearKind()), experts=3))
     with torch.no_grad():
         layer.experts.up.weight[1] *= 100
     unit_rows = torch.eye(DIM).repeat(3, 1)  # their products are the weights that the layer works with
@@ -231,7 +231,7 @@ def test_ternary_experts_have_three_values_each_and_scales_of_their_own():
 
 
 def test_the_balance_loss_of_sigmoid_scores_is_one_when_balanced():
-    layer = MoE(expert=GELU(width=4), experts=4, top_k=1, router=SigmoidTopK(), balance_weight=1.0).build(4)
+    layer = MoE(expert=GELU(hidden_dim=4), experts=4, top_k=1, router=SigmoidTopK(), aux_loss_coef=1.0).build(4)
     with torch.no_grad():
         layer.router.weight.copy_(torch.eye(4) * 5)
     layer.experts.apply(randomize)
@@ -244,9 +244,9 @@ def test_the_balance_loss_of_sigmoid_scores_is_one_when_balanced():
 
 
 def test_moe_swiglu_is_short_for_a_mixture_of_swiglu():
-    short = parse(FFN, {"type": "moe_swiglu", "experts": 8, "top_k": 2, "shared_experts": 1, "width": 512}, "ffn")
+    short = parse(FFN, {"type": "moe_swiglu", "experts": 8, "top_k": 2, "shared_experts": 1, "hidden_dim": 512}, "ffn")
     assert isinstance(short, MoESwiGLU)
-    assert short.written_out() == MoE(expert=SwiGLU(width=512), experts=8, top_k=2, shared_experts=1)
+    assert short.written_out() == MoE(expert=SwiGLU(hidden_dim=512), experts=8, top_k=2, shared_experts=1)
     assert parse(FFN, short.to_dict(), "") == short
     with torch.device("meta"):
         layer, long = short.build(16), short.written_out().build(16)
@@ -262,18 +262,21 @@ def test_moe_swiglu_is_short_for_a_mixture_of_swiglu():
         ({"top_k": 9}, r"ffn.top_k: 9 experts per token, but there are 8 experts"),
         ({"split": 5}, r"ffn.split: 5 must divide the expert's width \(512\)"),
         ({"shared_experts": -1}, r"ffn.shared_experts: -1 must be at least 0"),
-        ({"router": {"type": "sigmoid_top_k", "groups": 3}}, r"ffn.router.groups: 3 must divide the experts \(8\)"),
-        ({"router": {"type": "sigmoid_top_k", "top_groups": 2}}, r"ffn.router.top_groups: 2 groups to choose, but"),
         (
-            {"router": {"type": "sigmoid_top_k", "groups": 8}},
-            r"ffn.router.top_groups: 1 leaves 1 experts, but top_k is 2",
+            {"router": {"type": "sigmoid_top_k", "num_groups": 3}},
+            r"ffn.router.num_groups: 3 must divide the experts \(8\)",
+        ),
+        ({"router": {"type": "sigmoid_top_k", "topk_groups": 2}}, r"ffn.router.topk_groups: 2 groups to choose, but"),
+        (
+            {"router": {"type": "sigmoid_top_k", "num_groups": 8}},
+            r"ffn.router.topk_groups: 1 leaves 1 experts, but top_k is 2",
         ),
         ({"router": "sigmoid"}, r"ffn.router.type: no kind 'sigmoid' of Router; did you mean 'sigmoid_top_k'"),
     ],
 )
 def test_numbers_that_do_not_fit_are_refused_with_their_path(changes, message):
-    short = {"type": "moe_swiglu", "experts": 8, "width": 512} | changes
-    long = {"type": "moe", "experts": 8, "expert": {"type": "swiglu", "width": 512}} | changes
+    short = {"type": "moe_swiglu", "experts": 8, "hidden_dim": 512} | changes
+    long = {"type": "moe", "experts": 8, "expert": {"type": "swiglu", "hidden_dim": 512}} | changes
     for data in (short, long):
         with pytest.raises(SpecError, match=message):
             parse(FFN, data, "ffn")
@@ -281,13 +284,13 @@ def test_numbers_that_do_not_fit_are_refused_with_their_path(changes, message):
 
 def counts_of(ffn: FFN, dim: int) -> Counts:
     block = Block(attention=MHA(heads=2), ffn=ffn)
-    return count_parameters(Transformer(vocab=10, dim=dim, context=4, head=Untied(), blocks=(block,)))
+    return count_parameters(Transformer(vocab_size=10, dim=dim, max_seq_len=4, head=Untied(), layers=(block,)))
 
 
 def test_counts_with_shared_experts_router_bias_and_expert_biases():
     dim, width, experts, top_k, shared = 8, 12, 6, 3, 2
     spec = MoE(
-        expert=ClampedSwiGLU(width=2 * width, bias=True),
+        expert=ClampedSwiGLU(hidden_dim=2 * width, bias=True),
         split=2,
         experts=experts,
         top_k=top_k,
@@ -305,5 +308,7 @@ def test_the_experts_of_the_released_gpt_oss_have_their_published_size():
     attention = (64 + 8 + 8) * 64 * 2881 + (64 * 64 + 1) * 2880 + 64
     rest = 24 * (attention + 2 * 2880) + 2880 + 201_088 * 2880
     total, active = 20_914_757_184 - 201_088 * 2880 - rest, 3_608_307_264 - rest
-    spec = MoE(expert=ClampedSwiGLU(width=2880, bias=True), experts=32, top_k=4, router=TopKSoftmax(), router_bias=True)
+    spec = MoE(
+        expert=ClampedSwiGLU(hidden_dim=2880, bias=True), experts=32, top_k=4, router=TopKSoftmax(), router_bias=True
+    )
     assert counts_of(spec, 2880).components["ffn"] == (total // 24, active // 24)

@@ -16,7 +16,7 @@ from mosaic_dist.model import (
     Table,
     Transformer,
     UnitHead,
-    UnitMatrix,
+    UnitLinearKind,
     UnitNorm,
     count_parameters,
     flops_per_token,
@@ -26,13 +26,13 @@ from mosaic_dist.spec import SpecError, override
 
 D, HEADS, WIDTH, VOCAB, T = 12, 3, 20, 19, 6
 BLOCK = NormalizedBlock(
-    attention=MHA(heads=HEADS, qk_norm=True, qk_norm_eps=1e-12, matrix=UnitMatrix(scaled=False)),
-    ffn=SwiGLU(width=WIDTH, matrix=UnitMatrix()),
+    attention=MHA(heads=HEADS, qk_norm=True, qk_norm_eps=1e-12, linear=UnitLinearKind(scaled=False)),
+    ffn=SwiGLU(hidden_dim=WIDTH, linear=UnitLinearKind()),
 )
 NGPT = Transformer(
-    vocab=VOCAB, dim=D, context=8, position=NoPosition(), norm=UnitNorm(), head=UnitHead(), blocks=2 * (BLOCK,)
+    vocab_size=VOCAB, dim=D, max_seq_len=8, position=NoPosition(), norm=UnitNorm(), head=UnitHead(), layers=2 * (BLOCK,)
 )  # fmt: skip
-UNIT_MOE = MoE(expert=SwiGLU(width=8, matrix=UnitMatrix()), experts=4, top_k=2, shared_experts=1)
+UNIT_MOE = MoE(expert=SwiGLU(hidden_dim=8, linear=UnitLinearKind()), experts=4, top_k=2, shared_experts=1)
 
 
 def tokens(batch: int = 2) -> torch.Tensor:
@@ -71,7 +71,7 @@ def paper_logits(model: torch.nn.Module, sequence: list[int]) -> list[torch.Tens
     hidden = [w["embedding.weight"][token] for token in sequence]
     H = D // HEADS
     for i in range(2):
-        at = f"blocks.{i}."
+        at = f"layers.{i}."
         q, k, v = ([w[f"{at}attention.{n}.weight"] @ h for h in hidden] for n in ("query", "key", "value"))
         s_q, s_k = p[f"{at}attention.query_norm.weight"], p[f"{at}attention.key_norm.weight"]
         after = []
@@ -103,7 +103,7 @@ def test_it_is_the_paper_written_out():
 @torch.no_grad()
 def test_hidden_states_have_length_one():
     seen, model = [], trained()
-    for module in (*model.blocks, model.norm):
+    for module in (*model.layers, model.norm):
         module.register_forward_hook(lambda _, __, out: seen.append(out[0] if isinstance(out, tuple) else out))
     model(tokens())
     assert len(seen) == 3
@@ -113,7 +113,7 @@ def test_hidden_states_have_length_one():
 
 @torch.no_grad()
 def test_the_length_of_a_unit_weight_plays_no_part():
-    model, x = override(NGPT, {"blocks.ffn": UNIT_MOE.to_dict()}).build_initialized(0), tokens()
+    model, x = override(NGPT, {"layers.ffn": UNIT_MOE.to_dict()}).build_initialized(0), tokens()
     before, changed = model(x), 0
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1 and "router" not in name and not name.endswith("scale"):
@@ -121,40 +121,43 @@ def test_the_length_of_a_unit_weight_plays_no_part():
             changed += 1
     assert changed == 2 + 2 * (4 + 3 + 3)  # tables; attention, experts and shared expert of two blocks
     torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
-    model.blocks[0].ffn.experts.up.weight[:, 0].mul_(3.0)  # one component of each vector turns it
+    model.layers[0].ffn.experts.up.weight[:, 0].mul_(3.0)  # one component of each vector turns it
     assert not torch.allclose(model(x), before, rtol=1e-4, atol=1e-5)
 
 
 def test_unit_lengths_lie_along_the_models_width():
-    single, stack = UnitMatrix().build(6, 4), UnitMatrix().build_stack(3, 6, 4)
-    single_out, stack_out = UnitMatrix().build(6, 4, residual=True), UnitMatrix().build_stack(3, 6, 4, residual=True)
+    single, stack = UnitLinearKind().build(6, 4), UnitLinearKind().build_stack(3, 6, 4)
+    single_out, stack_out = (
+        UnitLinearKind().build(6, 4, residual=True),
+        UnitLinearKind().build_stack(3, 6, 4, residual=True),
+    )
     for layer in (single, stack, single_out, stack_out):
         assert isinstance(layer, UnitLinear | UnitGroupedLinear)
         torch.nn.init.normal_(layer.weight)
         if layer.scale is not None:
             torch.nn.init.constant_(layer.scale, 0.5)
     half = 0.5 * math.sqrt(6)
-    torch.testing.assert_close(single.effective_weight().norm(dim=1), torch.full((4,), half))
-    torch.testing.assert_close(stack.effective_weight().norm(dim=1), torch.full((3, 4), half))
-    torch.testing.assert_close(single_out.effective_weight().norm(dim=0), torch.ones(6))
-    torch.testing.assert_close(stack_out.effective_weight().norm(dim=2), torch.ones(3, 6))
+    torch.testing.assert_close(single.transform_weight().norm(dim=1), torch.full((4,), half))
+    torch.testing.assert_close(stack.transform_weight().norm(dim=1), torch.full((3, 4), half))
+    torch.testing.assert_close(single_out.transform_weight().norm(dim=0), torch.ones(6))
+    torch.testing.assert_close(stack_out.transform_weight().norm(dim=2), torch.ones(3, 6))
     assert single_out.scale is None
     assert stack_out.scale is None
 
 
 def test_a_stack_is_its_layers_one_by_one():
-    stack, x = UnitMatrix().build_stack(3, 6, 4), torch.randn(5, 6)
+    stack, x = UnitLinearKind().build_stack(3, 6, 4), torch.randn(5, 6)
     for parameter in stack.parameters():
         torch.nn.init.normal_(parameter)
-    for e, weight_IO in enumerate(stack.effective_weight()):
-        layer = UnitMatrix().build(6, 4)
+    for e, weight_IO in enumerate(stack.transform_weight()):
+        layer = UnitLinearKind().build(6, 4)
         layer.load_state_dict({"weight": stack.weight[e].T, "scale": stack.scale[e]})
         torch.testing.assert_close(x @ weight_IO, layer(x))
 
 
 def test_a_part_of_the_experts_has_their_scales():
     with torch.device("meta"):
-        layer = UnitMatrix().build_stack(8, 6, 4, bias=True)
+        layer = UnitLinearKind().build_stack(8, 6, 4, bias=True)
     layer.keep_experts(2, 3)
     assert (layer.weight.shape, layer.scale.shape, layer.bias.shape) == ((3, 6, 4), (3, 4), (3, 4))
     assert len(list(layer.parameters(recurse=False))) == 3
@@ -171,18 +174,18 @@ def test_unit_vectors_of_any_dtype_and_of_zeros(dtype):
 
 
 def test_initial_values():
-    wide = override(NGPT, {"dim": 192, "blocks.ffn": UNIT_MOE.to_dict() | {"shared_experts": 0}})
-    model = override(wide, {"blocks.ffn.expert.width": 256}).build_initialized(0)
+    wide = override(NGPT, {"dim": 192, "layers.ffn": UNIT_MOE.to_dict() | {"shared_experts": 0}})
+    model = override(wide, {"layers.ffn.expert.hidden_dim": 256}).build_initialized(0)
     for module in model.modules():
         if isinstance(module, Scale):
             assert module.weight.eq(1 / math.sqrt(192)).all()
-    torch.testing.assert_close(model.blocks[0].ffn_norm.step(), torch.full((192,), 0.05))
+    torch.testing.assert_close(model.layers[0].ffn_norm.step(), torch.full((192,), 0.05))
     torch.testing.assert_close(model.head.scale(), torch.ones(VOCAB))
-    experts = model.blocks[0].ffn.experts
+    experts = model.layers[0].ffn.experts
     assert experts.up.scale.eq(1).all()
     for lengths in (
-        model.blocks[0].attention.query.weight.norm(dim=1),
-        model.blocks[0].attention.output.weight.norm(dim=0),
+        model.layers[0].attention.query.weight.norm(dim=1),
+        model.layers[0].attention.output.weight.norm(dim=0),
         experts.gate.weight.norm(dim=1),
         experts.down.weight.norm(dim=2),
         model.head.weight.norm(dim=1),
@@ -192,7 +195,7 @@ def test_initial_values():
 
 def test_the_learned_share_of_a_step_is_never_negative():
     model = NGPT.build_initialized(0)
-    x, step = tokens(), model.blocks[0].attention_norm.step
+    x, step = tokens(), model.layers[0].attention_norm.step
     before = model(x)
     with torch.no_grad():
         step.weight.neg_()
@@ -211,7 +214,7 @@ def test_a_unit_head_shares_a_table_of_the_models_width():
 
 
 def test_a_unit_mixture_is_counted():
-    spec = override(NGPT, {"blocks.ffn": UNIT_MOE.to_dict()})
+    spec = override(NGPT, {"layers.ffn": UNIT_MOE.to_dict()})
     matrices, scales = 3 * D * 8, 2 * 8  # of one expert
     counts = count_parameters(spec)
     assert counts.components["ffn"] == (

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mosaic_dist.model import GQA, MHA, Block, Loss, MoESwiGLU, RoPE, SwiGLU, Transformer
 from mosaic_dist.model.moe.assignment import assign
-from tests.model.test_matrix import ATTENTIONS, FFNS, POSITIONS, REFUSED
+from tests.model.test_linear_kinds import ATTENTIONS, FFNS, POSITIONS, REFUSED
 
 pytestmark = pytest.mark.gpu
 
@@ -44,8 +44,8 @@ def check(spec: Transformer, with_documents: bool = False) -> None:
 
 @pytest.mark.parametrize(("attention", "position"), PAIRS)
 def test_attention(attention, position):
-    block = Block(attention=ATTENTIONS[attention], ffn=SwiGLU(width=64))
-    spec = Transformer(vocab=V, dim=64, context=T, position=POSITIONS[position], blocks=2 * (block,))
+    block = Block(attention=ATTENTIONS[attention], ffn=SwiGLU(hidden_dim=64))
+    spec = Transformer(vocab_size=V, dim=64, max_seq_len=T, position=POSITIONS[position], layers=2 * (block,))
     check(spec)
     check(spec, with_documents=True)
 
@@ -53,17 +53,17 @@ def test_attention(attention, position):
 @pytest.mark.parametrize("ffn", FFNS)
 def test_feed_forward(ffn):
     block = Block(attention=GQA(heads=4, kv_heads=2), ffn=FFNS[ffn])
-    check(Transformer(vocab=V, dim=64, context=T, position=RoPE(), blocks=2 * (block,)))
+    check(Transformer(vocab_size=V, dim=64, max_seq_len=T, position=RoPE(), layers=2 * (block,)))
 
 
 def test_experts_of_widths_that_no_kernel_takes():
-    block = Block(attention=MHA(heads=2), ffn=MoESwiGLU(width=20, experts=4))
-    check(Transformer(vocab=V, dim=60, context=T, position=RoPE(), blocks=2 * (block,)))
+    block = Block(attention=MHA(heads=2), ffn=MoESwiGLU(hidden_dim=20, experts=4))
+    check(Transformer(vocab_size=V, dim=60, max_seq_len=T, position=RoPE(), layers=2 * (block,)))
 
 
 def test_experts_without_rows_have_zero_gradients():
     """The product may leave them as it found them: here memory that held NaN."""
-    experts = SwiGLU(width=64).build_experts(64, 64, 4).to(DEVICE, torch.bfloat16)
+    experts = SwiGLU(hidden_dim=64).build_experts(64, 64, 4).to(DEVICE, torch.bfloat16)
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter)
     x_SD = torch.randn(256, 64, device=DEVICE, dtype=torch.bfloat16)
@@ -79,9 +79,9 @@ def test_experts_without_rows_have_zero_gradients():
 
 
 def test_a_loss_in_chunks():
-    block = Block(attention=GQA(heads=4, kv_heads=2), ffn=SwiGLU(width=64))
-    loss = Loss(chunk_tokens=50, z_weight=0.01)
-    check(Transformer(vocab=V, dim=64, context=T, position=RoPE(), blocks=(block,), loss=loss))
+    block = Block(attention=GQA(heads=4, kv_heads=2), ffn=SwiGLU(hidden_dim=64))
+    loss = Loss(chunk_tokens=50, z_loss_coef=0.01)
+    check(Transformer(vocab_size=V, dim=64, max_seq_len=T, position=RoPE(), layers=(block,), loss=loss))
 
 
 @torch.no_grad()
@@ -89,7 +89,7 @@ def test_a_loss_in_chunks():
 def test_a_cache_changes_nothing(attention, position):
     block = Block(attention=ATTENTIONS[attention], ffn=FFNS["fine_grained"])
     model = Transformer(
-        vocab=V, dim=64, context=T, position=POSITIONS[position], blocks=2 * (block,)
+        vocab_size=V, dim=64, max_seq_len=T, position=POSITIONS[position], layers=2 * (block,)
     ).build_initialized(0)
     model = model.eval().to(DEVICE)
     tokens_BT = torch.randint(0, V, (2, 60), generator=torch.Generator().manual_seed(1)).to(DEVICE)

@@ -41,29 +41,29 @@ def recipe(name: str) -> Run:
     ],
 )
 def test_gpt2(layers, dim, heads, published):
-    block = Block(attention=MHA(heads=heads, bias=True), ffn=GELU(width=4 * dim, bias=True))
-    model = Transformer(vocab=50_257, dim=dim, context=1024, norm=LayerNorm(), blocks=layers * (block,))
+    block = Block(attention=MHA(heads=heads, bias=True), ffn=GELU(hidden_dim=4 * dim, bias=True))
+    model = Transformer(vocab_size=50_257, dim=dim, max_seq_len=1024, norm=LayerNorm(), layers=layers * (block,))
     assert count_parameters(model).total == published
 
 
 def test_llama2_7b_and_mixtral():
-    llama = Block(attention=MHA(heads=32), ffn=SwiGLU(width=11_008))
-    mixtral = Block(attention=GQA(heads=32, kv_heads=8), ffn=MoE(expert=SwiGLU(width=14_336), experts=8, top_k=2))
-    shell = {"vocab": 32_000, "dim": 4096, "context": 4096, "position": RoPE(), "head": Untied()}
-    assert count_parameters(Transformer(blocks=32 * (llama,), **shell)).total == 6_738_415_616
-    counts = count_parameters(Transformer(blocks=32 * (mixtral,), **shell))
+    llama = Block(attention=MHA(heads=32), ffn=SwiGLU(hidden_dim=11_008))
+    mixtral = Block(attention=GQA(heads=32, kv_heads=8), ffn=MoE(expert=SwiGLU(hidden_dim=14_336), experts=8, top_k=2))
+    shell = {"vocab_size": 32_000, "dim": 4096, "max_seq_len": 4096, "position": RoPE(), "head": Untied()}
+    assert count_parameters(Transformer(layers=32 * (llama,), **shell)).total == 6_738_415_616
+    counts = count_parameters(Transformer(layers=32 * (mixtral,), **shell))
     assert counts.total == 46_702_792_704
     assert counts.active == pytest.approx(12.9e9, rel=0.005)
 
 
 def test_deepseek_v3():
-    attention = MLA(heads=128, kv_compression_dim=512, q_compression_dim=1536, head_width=128, value_width=128)
-    dense = Block(attention=attention, ffn=SwiGLU(width=18_432))
-    router = SigmoidTopK(groups=8, top_groups=4, scale=2.5)
-    experts = MoE(expert=SwiGLU(width=2048), experts=256, top_k=8, shared_experts=1, router=router)
+    attention = MLA(heads=128, kv_compression_dim=512, q_compression_dim=1536, head_dim=128, v_head_dim=128)
+    dense = Block(attention=attention, ffn=SwiGLU(hidden_dim=18_432))
+    router = SigmoidTopK(num_groups=8, topk_groups=4, scale=2.5)
+    experts = MoE(expert=SwiGLU(hidden_dim=2048), experts=256, top_k=8, shared_experts=1, router=router)
     model = Transformer(
-        vocab=129_280, dim=7168, context=4096, position=DecoupledRoPE(width=64), head=Untied(),
-        blocks=3 * (dense,) + 58 * (Block(attention=attention, ffn=experts),),
+        vocab_size=129_280, dim=7168, max_seq_len=4096, position=DecoupledRoPE(rope_head_dim=64), head=Untied(),
+        layers=3 * (dense,) + 58 * (Block(attention=attention, ffn=experts),),
     )  # fmt: skip
     counts = count_parameters(model)
     assert counts.total == pytest.approx(671e9, rel=0.001)
@@ -91,7 +91,7 @@ def test_recipes_have_the_size_they_state(name, total, active, within):
 
 
 GPTOSS = [("gptoss_20b", 32, 32, 2048, 8, 20e9), ("gptoss_120b", 64, 64, 4096, 16, 120e9)]
-GROUPED = {"model.blocks.attention": "gqa", "model.blocks.attention.kv_heads": 8, "model.head": "linear"}
+GROUPED = {"model.layers.attention": "gqa", "model.layers.attention.kv_heads": 8, "model.head": "linear"}
 """The documented overrides: 8 key-value heads and an untied output table."""
 
 
@@ -99,9 +99,9 @@ GROUPED = {"model.blocks.attention": "gqa", "model.blocks.attention.kv_heads": 8
 def test_gptoss_models_are_those_they_are_named_for(name, layers, heads, dim, experts, stated):
     """Multi-head attention, experts of three matrices of which two are active, one table, and the norms."""
     run = recipe(name)
-    block = run.model.blocks[0]
-    width = block.ffn.expert.width
-    assert (len(run.model.blocks), block.attention, run.model.context) == (layers, MHA(heads=heads), 131_072)
+    block = run.model.layers[0]
+    width = block.ffn.expert.hidden_dim
+    assert (len(run.model.layers), block.attention, run.model.max_seq_len) == (layers, MHA(heads=heads), 131_072)
     assert width % 128 == 0  # tensor cores, and rows of whole 16 bytes
     table, norms = 200_000 * dim, (2 * layers + 1) * dim
     attention, router, expert = 4 * dim * dim, dim * experts, 3 * dim * width

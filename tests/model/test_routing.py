@@ -13,30 +13,30 @@ from torch.nn import functional
 from mosaic_dist.model import (
     GELU,
     MHA,
+    ActivationCheckpointing,
     Block,
     ClampedSwiGLU,
     Experts,
-    LocalExchange,
+    LocalDispatcher,
     MixtureOfExperts,
     MoE,
     MoESwiGLU,
-    Recompute,
     Rows,
     SigmoidTopK,
     SoftmaxTopK,
     SwiGLU,
     Transformer,
-    apply_recompute,
+    apply_activation_checkpointing,
 )
+from mosaic_dist.model.activation_checkpointing import recomputed, remembered
 from mosaic_dist.model.ffn import kernel
 from mosaic_dist.model.ffn.kernel import Layer, run_grouped, run_in_turn
 from mosaic_dist.model.moe.assignment import assign
-from mosaic_dist.model.recompute import recomputed, remembered
 from mosaic_dist.spec import SpecError
 from tests.model.test_ffn import randomize
 
 DIM, EXPERTS, K = 6, 4, 2
-MIXTURE = MoE(expert=SwiGLU(width=8), experts=EXPERTS, top_k=K, balance_weight=0.0)
+MIXTURE = MoE(expert=SwiGLU(hidden_dim=8), experts=EXPERTS, top_k=K, aux_loss_coef=0.0)
 
 
 @pytest.fixture(autouse=True)
@@ -57,10 +57,13 @@ def single(layer: MixtureOfExperts, token: Tensor, e: int) -> Tensor:
 # --- capacity -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("drop", ["last", "lightest"])
+@pytest.mark.parametrize("drop", ["position", "probs"])
 @pytest.mark.parametrize("factor", [0.5, 1.0, 1.3])
 def test_choices_beyond_the_capacity_are_dropped(drop, factor):
-    layer, x = make(capacity_factor=factor, drop=drop, router=SoftmaxTopK(normalize=False)), torch.randn(2, 9, DIM)
+    layer, x = (
+        make(capacity_factor=factor, drop_policy=drop, router=SoftmaxTopK(normalize=False)),
+        torch.randn(2, 9, DIM),
+    )
     out, extras = layer(x)
     routing = layer.router(x.flatten(0, 1))
     places = math.ceil(factor * 18 * K / EXPERTS)
@@ -70,7 +73,7 @@ def test_choices_beyond_the_capacity_are_dropped(drop, factor):
             asked[e].append((s, weight))
     expected, dropped = torch.zeros(18, DIM), 0
     for e, wishes in enumerate(asked):
-        wishes = sorted(wishes, key=lambda wish: -wish[1]) if drop == "lightest" else wishes
+        wishes = sorted(wishes, key=lambda wish: -wish[1]) if drop == "probs" else wishes
         dropped += len(wishes[places:])
         for s, weight in wishes[:places]:
             expected[s] += weight * single(layer, x.flatten(0, 1)[s], e)
@@ -99,15 +102,15 @@ def test_a_dropped_choice_has_no_gradient():
 
 
 def test_a_drop_policy_without_a_capacity_is_refused():
-    with pytest.raises(SpecError, match=r"drop: 'lightest' without a capacity_factor"):
-        MoESwiGLU(experts=4, width=8, drop="lightest")
+    with pytest.raises(SpecError, match=r"drop_policy: 'probs' without a capacity_factor"):
+        MoESwiGLU(experts=4, hidden_dim=8, drop_policy="probs")
 
 
 # --- losses -------------------------------------------------------------------------------------------------------
 
 
 def test_the_z_loss_is_the_mean_square_of_logsumexp():
-    layer, x = make(z_weight=0.25), torch.randn(2, 3, DIM)
+    layer, x = make(z_loss_coef=0.25), torch.randn(2, 3, DIM)
     _, extras = layer(x)
     logits = (x.flatten(0, 1) @ layer.router.weight.T).tolist()
     expected = sum(math.log(sum(math.exp(v) for v in row)) ** 2 for row in logits) / len(logits)
@@ -124,7 +127,7 @@ def shares(layer: MixtureOfExperts, x_SD: Tensor) -> tuple[list[float], list[flo
 
 @pytest.mark.parametrize("router", [SoftmaxTopK(), SigmoidTopK()], ids=str)
 def test_the_balance_loss_of_sequences_is_the_mean_of_each(router):
-    layer, x = make(balance_weight=0.5, balance_over="sequence", router=router), torch.randn(3, 5, DIM)
+    layer, x = make(aux_loss_coef=0.5, aux_loss_scope="sequence", router=router), torch.randn(3, 5, DIM)
     expected = 0.0
     for sequence in x:
         counted, likely = shares(layer, sequence)
@@ -132,7 +135,7 @@ def test_the_balance_loss_of_sequences_is_the_mean_of_each(router):
     assert layer(x)[1]["balance_loss"].item() == pytest.approx(0.5 * expected, rel=1e-5)
 
 
-class TwoRanks(LocalExchange):
+class TwoRanks(LocalDispatcher):
     """As if another process had the same choices and 10 more for expert 0."""
 
     def total_counts(self, counts_E: Tensor) -> Tensor:
@@ -140,8 +143,8 @@ class TwoRanks(LocalExchange):
 
 
 def test_the_balance_loss_of_the_global_batch_counts_all_ranks_and_micro_batches_of_the_step():
-    layer, micro_batches = make(balance_weight=1.0, balance_over="global_batch"), torch.randn(2, 2, 5, DIM)
-    layer.exchange = TwoRanks()
+    layer, micro_batches = make(aux_loss_coef=1.0, aux_loss_scope="global_batch"), torch.randn(2, 2, 5, DIM)
+    layer.dispatcher = TwoRanks()
     for _ in range(2):  # two steps: the second starts to count anew
         total = [0.0] * EXPERTS
         for x in micro_batches:
@@ -157,7 +160,7 @@ def test_the_balance_loss_of_the_global_batch_counts_all_ranks_and_micro_batches
 @pytest.mark.parametrize("over", ["micro_batch", "sequence", "global_batch"])
 @pytest.mark.parametrize("router", [SoftmaxTopK(), SigmoidTopK()], ids=str)
 def test_every_configured_loss_has_a_gradient(over, router):
-    layer = make(balance_weight=0.1, balance_over=over, z_weight=0.1, router=router)
+    layer = make(aux_loss_coef=0.1, aux_loss_scope=over, z_loss_coef=0.1, router=router)
     extras = layer(torch.randn(2, 5, DIM))[1]
     for name in ("balance_loss", "z_loss"):
         (gradient,) = torch.autograd.grad(extras[name], layer.router.weight, retain_graph=True)
@@ -188,7 +191,7 @@ def test_jitter_is_noise_on_the_routers_input_while_training():
 
 
 def test_the_correction_balances_the_load_without_a_loss():
-    layer = make(router=SigmoidTopK(correction_rate=0.02), top_k=1)
+    layer = make(router=SigmoidTopK(expert_bias_update_rate=0.02), top_k=1)
     x = torch.randn(1, 400, DIM) + 0.7
     first = layer(x)[1]["expert_load"]
     for _ in range(200):
@@ -196,12 +199,12 @@ def test_the_correction_balances_the_load_without_a_loss():
     last = layer(x)[1]["expert_load"]
     assert first.max() > 2 * first.float().mean()
     assert last.max() < 1.2 * last.float().mean()
-    before = layer.router.correction.clone()
+    before = layer.router.expert_bias.clone()
     layer.end_step(torch.tensor([9, 1, 5, 5]))
-    moved = layer.router.correction - before
+    moved = layer.router.expert_bias - before
     torch.testing.assert_close(moved, torch.tensor([-0.02, 0.02, 0.0, 0.0]))
     layer.end_step(None)  # an update that was left out moves nothing
-    torch.testing.assert_close(layer.router.correction, before + moved)
+    torch.testing.assert_close(layer.router.expert_bias, before + moved)
 
 
 # --- the experts' products ----------------------------------------------------------------------------------------
@@ -213,7 +216,7 @@ def test_the_correction_balances_the_load_without_a_loss():
 @pytest.mark.parametrize("kind", [GELU, ClampedSwiGLU])
 def test_the_grouped_product_equals_one_expert_after_the_other(kind, bias, dropping, dtype):
     """In values and all gradients; expert 1 gets nothing. Tolerances are a few roundings of the dtype."""
-    spec = kind(width=8, bias=bias)
+    spec = kind(hidden_dim=8, bias=bias)
     experts = randomize(spec.build_experts(8, 8, EXPERTS), std=0.5).to(dtype)
     choices = torch.tensor([0, 2, 3])[torch.stack([torch.randperm(3)[:K] for _ in range(20)])]
     kept = torch.rand(20, K) < 0.7 if dropping else None
@@ -236,7 +239,7 @@ def test_the_grouped_product_equals_one_expert_after_the_other(kind, bias, dropp
 def results_of(run, dim: int, width: int, dtype: torch.dtype = torch.bfloat16, shift: int = 0) -> list[Tensor]:
     """Output and all gradients of four experts, of which expert 1 gets no rows; weights begin `shift` into a tensor."""
     torch.manual_seed(0)
-    spec = ClampedSwiGLU(width=width, bias=True)
+    spec = ClampedSwiGLU(hidden_dim=width, bias=True)
     experts = randomize(spec.build_experts(dim, width, EXPERTS), std=0.5).to(dtype)
     for stack in experts.children():
         shared = torch.zeros(shift + stack.weight.numel(), dtype=dtype)
@@ -305,13 +308,13 @@ def test_only_some_gpus_have_the_grouped_product(capability, is_grouped, monkeyp
 
 def test_the_grouped_product_lets_go_of_the_tokens_it_was_given():
     """Behind an exchange they are the arriving rows: one more set of them in each layer."""
-    experts = randomize(SwiGLU(width=8).build_experts(8, 8, EXPERTS))
+    experts = randomize(SwiGLU(hidden_dim=8).build_experts(8, 8, EXPERTS))
     rows = assign(torch.rand(20, K), torch.stack([torch.randperm(EXPERTS)[:K] for _ in range(20)]), None, EXPERTS)
     given = torch.randn(20, 8, requires_grad=True)
     arriving = given.clone()
     kept = weakref.ref(arriving)
     readers = [Layer(stack.weight, None) for stack in (experts.gate, experts.up)]
-    out = run_grouped(arriving, rows, SwiGLU(width=8).activate, readers, Layer(experts.down.weight, None))
+    out = run_grouped(arriving, rows, SwiGLU(hidden_dim=8).activate, readers, Layer(experts.down.weight, None))
     del arriving
     assert kept() is None
     out.sum().backward()
@@ -335,7 +338,7 @@ def saved_bytes(run) -> int:
 
 def test_kept_for_the_backward_pass_are_the_tokens_and_what_the_readers_give():
     S, D, F = 512, 64, 32
-    experts = randomize(SwiGLU(width=F).build_experts(D, F, EXPERTS), std=0.1)
+    experts = randomize(SwiGLU(hidden_dim=F).build_experts(D, F, EXPERTS), std=0.1)
     x = torch.randn(S, D, requires_grad=True)
     choices = torch.stack([torch.randperm(EXPERTS)[:K] for _ in range(S)])
     rows = assign(torch.rand(S, K, requires_grad=True), choices, None, EXPERTS)
@@ -346,16 +349,16 @@ def test_kept_for_the_backward_pass_are_the_tokens_and_what_the_readers_give():
 # --- chunks and recomputation -------------------------------------------------------------------------------------
 
 
-class Watched(LocalExchange):
+class Watched(LocalDispatcher):
     """Notes how many rows there are at a time."""
 
     def __init__(self):
         super().__init__()
         self.rows: list[int] = []
 
-    def forward(self, x_SD: Tensor, rows: Rows, experts: Experts, meanwhile) -> Tensor:
+    def forward(self, x_SD: Tensor, rows: Rows, experts: Experts, overlap_fn) -> Tensor:
         self.rows.append(len(rows.tokens_R))
-        return super().forward(x_SD, rows, experts, meanwhile)
+        return super().forward(x_SD, rows, experts, overlap_fn)
 
 
 @pytest.mark.parametrize("tokens", [1, 10, 11])
@@ -363,26 +366,26 @@ class Watched(LocalExchange):
 def test_chunks_change_nothing_but_the_memory(factor, tokens):
     results = []
     for chunks in (1, 4):
-        layer = make(capacity_factor=factor, shared_experts=1, z_weight=0.1)
-        layer.exchange, layer.chunks = Watched(), chunks
+        layer = make(capacity_factor=factor, shared_experts=1, z_loss_coef=0.1)
+        layer.dispatcher, layer.chunks = Watched(), chunks
         x = torch.randn(1, tokens, DIM, generator=torch.Generator().manual_seed(3)).requires_grad_()
         out, extras = layer(x)
         leaves = [x, *layer.parameters()]
         results.append([out, *torch.autograd.grad(out.square().sum() + extras["z_loss"], leaves)])
-        assert max(layer.exchange.rows) <= math.ceil(tokens / chunks) * K
-        assert len(layer.exchange.rows) == (1 if chunks == 1 else 2 * chunks)  # forward and again
+        assert max(layer.dispatcher.rows) <= math.ceil(tokens / chunks) * K
+        assert len(layer.dispatcher.rows) == (1 if chunks == 1 else 2 * chunks)  # forward and again
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
 MODEL = Transformer(
-    vocab=19,
+    vocab_size=19,
     dim=16,
-    context=8,
-    blocks=3
+    max_seq_len=8,
+    layers=3
     * (
         Block(
             attention=MHA(heads=2, dropout=0.2),
-            ffn=MoE(expert=SwiGLU(width=16), experts=4, top_k=2, jitter=0.3, balance_over="global_batch"),
+            ffn=MoE(expert=SwiGLU(hidden_dim=16), experts=4, top_k=2, jitter=0.3, aux_loss_scope="global_batch"),
             dropout=0.1,
         ),
     ),
@@ -390,10 +393,10 @@ MODEL = Transformer(
 TOKENS = torch.randint(0, 19, (2, 9), generator=torch.Generator().manual_seed(5))
 
 
-def step(recompute: Recompute) -> tuple[list[Tensor], int]:
+def step(recompute: ActivationCheckpointing) -> tuple[list[Tensor], int]:
     """Losses, loads and gradients of two micro-batches, and the bytes kept for the backward pass of one."""
     model = MODEL.build_initialized(0)
-    apply_recompute(model, recompute)
+    apply_activation_checkpointing(model, recompute)
     torch.manual_seed(7)
     results: list[Tensor] = []
     for _ in range(2):
@@ -405,11 +408,11 @@ def step(recompute: Recompute) -> tuple[list[Tensor], int]:
 
 
 def test_recomputation_repeats_noise_and_choices_and_keeps_less():
-    expected, plain = step(Recompute())
+    expected, plain = step(ActivationCheckpointing())
     kept = {}
     for parts in ("attention", "ffn", "moe", "full"):
         for every in (1, 2):
-            found, kept[parts, every] = step(Recompute(parts=parts, every=every))
+            found, kept[parts, every] = step(ActivationCheckpointing(parts=parts, every=every))
             torch.testing.assert_close(found, expected, rtol=0, atol=0)
     assert kept["full", 1] < kept["full", 2] < plain
     assert kept["full", 1] < kept["ffn", 1] < plain

@@ -21,7 +21,7 @@ from mosaic_dist.model.ffn.kernel import has_grouped_product
 from mosaic_dist.optim import AdamW
 
 T = 64
-MIXTURE = MoE(expert=SwiGLU(width=64), experts=4, top_k=2, shared_experts=1, z_weight=0.1, jitter=0.1)
+MIXTURE = MoE(expert=SwiGLU(hidden_dim=64), experts=4, top_k=2, shared_experts=1, z_loss_coef=0.1, jitter=0.1)
 GROUPED = torch.cuda.is_available() and has_grouped_product(torch.device("cuda"))
 
 
@@ -30,15 +30,15 @@ GROUPED = torch.cuda.is_available() and has_grouped_product(torch.device("cuda")
 @pytest.mark.parametrize("position", [RoPE(), ALiBi()], ids=["rope", "alibi"])
 def test_a_step_waits_for_nothing(position: Position):
     """But for the exchange's read under expert parallelism, and what the engine reads at the end of a step."""
-    sigmoid = replace(MIXTURE, router=SigmoidTopK(groups=2), balance_over="sequence")
+    sigmoid = replace(MIXTURE, router=SigmoidTopK(num_groups=2), aux_loss_scope="sequence")
     spec = Transformer(
-        vocab=128,
+        vocab_size=128,
         dim=64,
-        context=T,
+        max_seq_len=T,
         position=position,
-        blocks=(
-            Block(attention=GQA(heads=4, kv_heads=2), ffn=SwiGLU(width=64), dropout=0.1),
-            Block(attention=MHA(heads=4, window=16), ffn=MIXTURE),
+        layers=(
+            Block(attention=GQA(heads=4, kv_heads=2), ffn=SwiGLU(hidden_dim=64), dropout=0.1),
+            Block(attention=MHA(heads=4, sliding_window=16), ffn=MIXTURE),
             Block(attention=MHA(heads=4), ffn=sigmoid),
         ),
     )

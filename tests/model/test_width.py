@@ -24,7 +24,7 @@ from mosaic_dist.model import (
     SwiGLU,
     Transformer,
     UnitHead,
-    UnitMatrix,
+    UnitLinearKind,
     UnitNorm,
     Untied,
 )
@@ -41,35 +41,37 @@ def times(pair: tuple[float, float], factor: float) -> tuple[float, float]:
 
 
 def model(block: Block, base: dict[str, int], **parts) -> Transformer:
-    return Transformer(vocab=48, dim=64, context=8, blocks=(block,), init=MuP(base={"dim": 16} | base), **parts)
+    return Transformer(
+        vocab_size=48, dim=64, max_seq_len=8, layers=(block,), init=MuP(base={"dim": 16} | base), **parts
+    )
 
 
 GPT = model(
-    Block(attention=MHA(heads=4, bias=True), ffn=GELU(width=256, bias=True)),
-    {"blocks.ffn.width": 64},
+    Block(attention=MHA(heads=4, bias=True), ffn=GELU(hidden_dim=256, bias=True)),
+    {"layers.ffn.hidden_dim": 64},
     norm=LayerNorm(),
 )
 MIXTURE = model(
     Block(
-        attention=GQA(heads=8, kv_heads=4, head_width=8, qk_norm=True),
-        ffn=MoE(expert=SwiGLU(width=32), experts=6, split=2, shared_experts=1, router_bias=True),
+        attention=GQA(heads=8, kv_heads=4, head_dim=8, qk_norm=True),
+        ffn=MoE(expert=SwiGLU(hidden_dim=32), experts=6, split=2, shared_experts=1, router_bias=True),
     ),
-    {"blocks.attention.heads": 2, "blocks.attention.kv_heads": 1},
+    {"layers.attention.heads": 2, "layers.attention.kv_heads": 1},
     position=RoPE(),
     head=Untied(),
 )
 LATENT = model(
     Block(
-        attention=MLA(heads=4, kv_compression_dim=12, q_compression_dim=24, head_width=28, value_width=16),
-        ffn=SwiGLU(width=96),
+        attention=MLA(heads=4, kv_compression_dim=12, q_compression_dim=24, head_dim=28, v_head_dim=16),
+        ffn=SwiGLU(hidden_dim=96),
     ),
     {
-        "blocks.attention.head_width": 4,
-        "blocks.attention.value_width": 4,
-        "blocks.attention.q_compression_dim": 6,
-        "blocks.ffn.width": 24,
+        "layers.attention.head_dim": 4,
+        "layers.attention.v_head_dim": 4,
+        "layers.attention.q_compression_dim": 6,
+        "layers.ffn.hidden_dim": 24,
     },
-    position=DecoupledRoPE(width=4),
+    position=DecoupledRoPE(rope_head_dim=4),
     embedding=Factored(rank=32),
     head=FactoredOutput(rank=32),
 )
@@ -82,22 +84,22 @@ TABLES = {
         {
             "embedding.weight": SAME,
             "position.weight": SAME,
-            "blocks.0.attention_norm.weight": SAME,
-            "blocks.0.attention_norm.bias": SAME,
-            "blocks.0.attention.query.weight": times(HIDDEN, 1 / 2),  # heads are 4 times as wide: 1 / sqrt(4)
-            "blocks.0.attention.query.bias": times(SAME, 1 / 2),
-            "blocks.0.attention.key.weight": HIDDEN,
-            "blocks.0.attention.key.bias": SAME,
-            "blocks.0.attention.value.weight": HIDDEN,
-            "blocks.0.attention.value.bias": SAME,
-            "blocks.0.attention.output.weight": HIDDEN,
-            "blocks.0.attention.output.bias": SAME,
-            "blocks.0.ffn_norm.weight": SAME,
-            "blocks.0.ffn_norm.bias": SAME,
-            "blocks.0.ffn.network.up.weight": HIDDEN,
-            "blocks.0.ffn.network.up.bias": SAME,
-            "blocks.0.ffn.network.down.weight": HIDDEN,
-            "blocks.0.ffn.network.down.bias": SAME,
+            "layers.0.attention_norm.weight": SAME,
+            "layers.0.attention_norm.bias": SAME,
+            "layers.0.attention.query.weight": times(HIDDEN, 1 / 2),  # heads are 4 times as wide: 1 / sqrt(4)
+            "layers.0.attention.query.bias": times(SAME, 1 / 2),
+            "layers.0.attention.key.weight": HIDDEN,
+            "layers.0.attention.key.bias": SAME,
+            "layers.0.attention.value.weight": HIDDEN,
+            "layers.0.attention.value.bias": SAME,
+            "layers.0.attention.output.weight": HIDDEN,
+            "layers.0.attention.output.bias": SAME,
+            "layers.0.ffn_norm.weight": SAME,
+            "layers.0.ffn_norm.bias": SAME,
+            "layers.0.ffn.network.up.weight": HIDDEN,
+            "layers.0.ffn.network.up.bias": SAME,
+            "layers.0.ffn.network.down.weight": HIDDEN,
+            "layers.0.ffn.network.down.bias": SAME,
             "norm.weight": times(SAME, 1 / 4),  # the logits' factor
             "norm.bias": times(SAME, 1 / 4),
         },
@@ -106,22 +108,22 @@ TABLES = {
         MIXTURE,
         {
             "embedding.weight": SAME,
-            "blocks.0.attention_norm.weight": SAME,
-            "blocks.0.attention.query.weight": HIDDEN,  # more heads, not wider ones
-            "blocks.0.attention.key.weight": HIDDEN,
-            "blocks.0.attention.value.weight": HIDDEN,
-            "blocks.0.attention.output.weight": HIDDEN,
-            "blocks.0.attention.query_norm.weight": SAME,
-            "blocks.0.attention.key_norm.weight": SAME,
-            "blocks.0.ffn_norm.weight": SAME,
-            "blocks.0.ffn.router.weight": TO_FINITE,
-            "blocks.0.ffn.router.bias": SAME,
-            "blocks.0.ffn.experts.gate.weight": TO_FINITE,  # fine-grained experts, as wide as the base's
-            "blocks.0.ffn.experts.up.weight": TO_FINITE,
-            "blocks.0.ffn.experts.down.weight": SAME,
-            "blocks.0.ffn.shared.gate.weight": TO_FINITE,
-            "blocks.0.ffn.shared.up.weight": TO_FINITE,
-            "blocks.0.ffn.shared.down.weight": SAME,
+            "layers.0.attention_norm.weight": SAME,
+            "layers.0.attention.query.weight": HIDDEN,  # more heads, not wider ones
+            "layers.0.attention.key.weight": HIDDEN,
+            "layers.0.attention.value.weight": HIDDEN,
+            "layers.0.attention.output.weight": HIDDEN,
+            "layers.0.attention.query_norm.weight": SAME,
+            "layers.0.attention.key_norm.weight": SAME,
+            "layers.0.ffn_norm.weight": SAME,
+            "layers.0.ffn.router.weight": TO_FINITE,
+            "layers.0.ffn.router.bias": SAME,
+            "layers.0.ffn.experts.gate.weight": TO_FINITE,  # fine-grained experts, as wide as the base's
+            "layers.0.ffn.experts.up.weight": TO_FINITE,
+            "layers.0.ffn.experts.down.weight": SAME,
+            "layers.0.ffn.shared.gate.weight": TO_FINITE,
+            "layers.0.ffn.shared.up.weight": TO_FINITE,
+            "layers.0.ffn.shared.down.weight": SAME,
             "norm.weight": times(SAME, 1 / 4),
             "head.weight": SAME,
         },
@@ -131,18 +133,18 @@ TABLES = {
         {
             "embedding.weight": SAME,
             "embedding.up.weight": SAME,
-            "blocks.0.attention_norm.weight": SAME,
-            "blocks.0.attention.query_down.weight": HIDDEN,
-            "blocks.0.attention.query_norm.weight": SAME,
-            "blocks.0.attention.query.weight": times((1 / 2, 1 / 4), GROWN_SCORES),  # 24 -> 4 * 32 of 6 -> 4 * 8
-            "blocks.0.attention.kv_down.weight": TO_FINITE,  # the latent and the rotary key stay
-            "blocks.0.attention.kv_norm.weight": SAME,
-            "blocks.0.attention.kv_up.weight": SAME,
-            "blocks.0.attention.output.weight": HIDDEN,
-            "blocks.0.ffn_norm.weight": SAME,
-            "blocks.0.ffn.network.gate.weight": HIDDEN,
-            "blocks.0.ffn.network.up.weight": HIDDEN,
-            "blocks.0.ffn.network.down.weight": HIDDEN,
+            "layers.0.attention_norm.weight": SAME,
+            "layers.0.attention.query_down.weight": HIDDEN,
+            "layers.0.attention.query_norm.weight": SAME,
+            "layers.0.attention.query.weight": times((1 / 2, 1 / 4), GROWN_SCORES),  # 24 -> 4 * 32 of 6 -> 4 * 8
+            "layers.0.attention.kv_down.weight": TO_FINITE,  # the latent and the rotary key stay
+            "layers.0.attention.kv_norm.weight": SAME,
+            "layers.0.attention.kv_up.weight": SAME,
+            "layers.0.attention.output.weight": HIDDEN,
+            "layers.0.ffn_norm.weight": SAME,
+            "layers.0.ffn.network.gate.weight": HIDDEN,
+            "layers.0.ffn.network.up.weight": HIDDEN,
+            "layers.0.ffn.network.down.weight": HIDDEN,
             "norm.weight": SAME,  # what enters the head is `down`, which knows
             "head.down.weight": (1 / 2, 1 / 4),  # to be 1 / 4 of the base's 1 / sqrt(16), it starts at 1 / sqrt(64)
             "head.weight": SAME,
@@ -162,15 +164,15 @@ def test_factors_are_those_of_the_table(name):
 
 def test_a_projection_between_different_growths_is_bounded_by_its_outputs():
     """16 -> 32 became 64 -> 64: a random matrix may be sqrt(2 / 4) times as large as one that keeps its form."""
-    spec = model(Block(attention=MHA(heads=4), ffn=GELU(width=64)), {"blocks.ffn.width": 32})
+    spec = model(Block(attention=MHA(heads=4), ffn=GELU(hidden_dim=64)), {"layers.ffn.hidden_dim": 32})
     factors = spec.width_factors()
-    assert factors["blocks.0.ffn.network.up.weight"][:2] == pytest.approx((math.sqrt(1 / 2 / 4), 1 / 4))
-    assert factors["blocks.0.ffn.network.down.weight"][:2] == pytest.approx((math.sqrt(1 / 2), 1 / 2))
+    assert factors["layers.0.ffn.network.up.weight"][:2] == pytest.approx((math.sqrt(1 / 2 / 4), 1 / 4))
+    assert factors["layers.0.ffn.network.down.weight"][:2] == pytest.approx((math.sqrt(1 / 2), 1 / 2))
 
 
 def test_a_tied_factored_head_whose_rank_grows_carries_the_factor_in_its_projection():
-    block = Block(attention=MHA(heads=4), ffn=GELU(width=64))
-    spec = model(block, {"blocks.ffn.width": 16, "embedding.rank": 8}, embedding=Factored(rank=32))
+    block = Block(attention=MHA(heads=4), ffn=GELU(hidden_dim=64))
+    spec = model(block, {"layers.ffn.hidden_dim": 16, "embedding.rank": 8}, embedding=Factored(rank=32))
     factors = spec.width_factors()
     assert factors["embedding.weight"][:2] == (1.0, 1.0)
     assert factors["embedding.up.weight"][:2] == pytest.approx((1.0, 1 / 4))  # it starts at 1 / sqrt(inputs) anyway
@@ -226,14 +228,14 @@ def test_groups_learn_by_their_rate_and_decay_by_the_same_amount():
 def test_rates_of_muon_make_its_steps_as_large_as_adams_would_be():
     """Moonlight's step has the norm sqrt(longer side); wanted is sqrt(outputs / inputs), as at the base."""
     expected = {
-        "blocks.0.attention.output.weight": 1 / 2,  # 16 -> 16 became 64 -> 64: as before, but the step has twice
-        "blocks.0.ffn.router.weight": 1 / 4,  # 16 -> 6 became 64 -> 6: half of it, and the step has twice
-        "blocks.0.ffn.experts.up.weight": 1 / 4,  # 16 -> 16 became 64 -> 16
-        "blocks.0.ffn.experts.down.weight": 1.0,  # 16 -> 16 became 16 -> 64: twice, and the step has twice
+        "layers.0.attention.output.weight": 1 / 2,  # 16 -> 16 became 64 -> 64: as before, but the step has twice
+        "layers.0.ffn.router.weight": 1 / 4,  # 16 -> 6 became 64 -> 6: half of it, and the step has twice
+        "layers.0.ffn.experts.up.weight": 1 / 4,  # 16 -> 16 became 64 -> 16
+        "layers.0.ffn.experts.down.weight": 1.0,  # 16 -> 16 became 16 -> 64: twice, and the step has twice
     }
     factors = MIXTURE.width_factors()
     assert {name: factors[name].muon_rate for name in expected} == pytest.approx(expected)
-    assert GPT.width_factors()["blocks.0.attention.query.weight"].muon_rate == pytest.approx(1 / 2 / 2)
+    assert GPT.width_factors()["layers.0.attention.query.weight"].muon_rate == pytest.approx(1 / 2 / 2)
 
 
 def test_training_is_that_of_the_papers_own_form():
@@ -242,11 +244,11 @@ def test_training_is_that_of_the_papers_own_form():
     optimizer = AdamW(learning_rate=1e-2, weight_decay=0.1, eps=1e-20)
     ours = spec.build_initialized(0).double()
     theirs = replace(spec, init=Init(std=0.3)).build_initialized(0).double()
-    hidden = [p for n, p in theirs.blocks.named_parameters() if p.dim() == 2]
+    hidden = [p for n, p in theirs.layers.named_parameters() if p.dim() == 2]
     with torch.no_grad():
         for weight in hidden:
             weight *= (1 / 4) ** 0.5
-    theirs.blocks[0].attention.query.register_forward_hook(lambda _module, _inputs, out: out / 4**0.5)
+    theirs.layers[0].attention.query.register_forward_hook(lambda _module, _inputs, out: out / 4**0.5)
     theirs.head.register_forward_hook(lambda _module, _inputs, out: out / 4)
     slow = {id(p) for p in hidden}
     others = [p for p in theirs.parameters() if id(p) not in slow]
@@ -283,12 +285,15 @@ def test_training_is_that_of_the_papers_own_form():
         ({"init": {"type": "mup", "base": {"dimm": 16}}}, r"init\.base\.dimm: .* did you mean 'dim'"),
         ({"init": {"type": "mup", "base": {"dim": 18}}}, "4 heads must divide the model's width"),
         (
-            {"init": {"type": "mup", "base": {"vocab": 24}}},
+            {"init": {"type": "mup", "base": {"vocab_size": 24}}},
             r"widths may differ .* embedding\.weight is \[48, 64\]",
         ),
-        ({"init": {"type": "mup", "base": {"context": 4}}}, r"position\.weight is \[8, 64\], and \[4, 64\] there"),
+        ({"init": {"type": "mup", "base": {"max_seq_len": 4}}}, r"position\.weight is \[8, 64\], and \[4, 64\] there"),
         (
-            {"blocks.ffn": {"type": "moe_swiglu", "experts": 4, "width": 8}, "init.base": {"blocks.ffn.experts": 2}},
+            {
+                "layers.ffn": {"type": "moe_swiglu", "experts": 4, "hidden_dim": 8},
+                "init.base": {"layers.ffn.experts": 2},
+            },
             r"only widths may differ .*ffn\.(router|experts)",
         ),
         (
@@ -305,9 +310,13 @@ def test_a_base_that_differs_in_more_than_widths_is_refused(changes, message):
 @pytest.mark.parametrize(
     "parts",
     [
-        {"blocks": (NormalizedBlock(attention=MHA(heads=4), ffn=SwiGLU(width=8)),)},
-        {"blocks": (Block(attention=MHA(heads=4, matrix=UnitMatrix(scaled=False)), ffn=SwiGLU(width=8)),)},
-        {"blocks": (Block(attention=MHA(heads=4), ffn=MoE(expert=SwiGLU(width=8, matrix=UnitMatrix()), experts=2)),)},
+        {"layers": (NormalizedBlock(attention=MHA(heads=4), ffn=SwiGLU(hidden_dim=8)),)},
+        {"layers": (Block(attention=MHA(heads=4, linear=UnitLinearKind(scaled=False)), ffn=SwiGLU(hidden_dim=8)),)},
+        {
+            "layers": (
+                Block(attention=MHA(heads=4), ffn=MoE(expert=SwiGLU(hidden_dim=8, linear=UnitLinearKind()), experts=2)),
+            )
+        },
         {"norm": UnitNorm()},
         {"head": UnitHead()},
     ],

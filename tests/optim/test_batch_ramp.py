@@ -24,7 +24,7 @@ TABLE = [  # sequences before a batch, and its own: a third of 320 tokens is 106
 
 
 def run_with(ramp: BatchRamp | None, **changes: int) -> Run:
-    settings = {"data.seq_len": SEQ_LEN, "batch_tokens": FULL, "micro_batch": 1, "steps": 300} | changes
+    settings = {"data.seq_len": SEQ_LEN, "batch_tokens": FULL, "micro_batch_size": 1, "steps": 300} | changes
     return override(small, settings | {"batch_ramp": None if ramp is None else ramp.to_dict()})
 
 
@@ -85,20 +85,20 @@ def fits(run: Run, ranks: int) -> bool:
 def test_ranks_take_a_ramp_if_they_take_each_batch():
     """Against the batches themselves, for all small layouts and increments."""
     taken = 0
-    for start, increment, ranks, micro_batch in itertools.product((2, 4, 6, 8), (2, 4), (1, 2, 4), (1, 2)):
+    for start, increment, ranks, micro_batch_size in itertools.product((2, 4, 6, 8), (2, 4), (1, 2, 4), (1, 2)):
         if (16 - start) % increment:
             continue
         ramp = BatchRamp(start_tokens=start * SEQ_LEN, over_tokens=900, increment_tokens=increment * SEQ_LEN)
-        run = run_with(ramp, micro_batch=micro_batch)
+        run = run_with(ramp, micro_batch_size=micro_batch_size)
         batches = {run.sequences_at(cursor) for cursor in range(100)}
-        expected = all(batch % (ranks * micro_batch) == 0 for batch in batches)
+        expected = all(batch % (ranks * micro_batch_size) == 0 for batch in batches)
         assert fits(run, ranks) == expected
         taken += expected
     assert 10 < taken < 40
 
 
 def test_ranks_that_do_not_fit_are_told_what_would():
-    run = run_with(RAMP, micro_batch=4)
+    run = run_with(RAMP, micro_batch_size=4)
     run.check_ramp(1)
     with pytest.raises(SpecError, match=r"batch_ramp.start_tokens: 64 .* 128 tokens, which 2 ranks .* of 4 .*: 128$"):
         run.check_ramp(2)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mosaic_dist.model import GELU, MHA, Block, Factored, Learned, MoE, SwiGLU, Transformer, UnitMatrix, Untied
+from mosaic_dist.model import GELU, MHA, Block, Factored, Learned, MoE, SwiGLU, Transformer, UnitLinearKind, Untied
 from mosaic_dist.optim import WSD, AdamW, Cosine, Muon, Optimizer, Schedule, muon
 from mosaic_dist.spec import Spec, override
 
@@ -84,16 +84,16 @@ def test_an_update_is_as_large_as_adamws():
 
 
 def test_matrices_of_the_blocks_go_by_muon_and_all_else_by_adamw():
-    expert = SwiGLU(width=8, bias=True, matrix=UnitMatrix())
+    expert = SwiGLU(hidden_dim=8, bias=True, linear=UnitLinearKind())
     spec = Transformer(
-        vocab=16,
+        vocab_size=16,
         dim=8,
-        context=4,
+        max_seq_len=4,
         embedding=Factored(rank=4),
         position=Learned(),
         head=Untied(),
-        blocks=(
-            Block(attention=MHA(heads=2, bias=True), ffn=GELU(width=8)),
+        layers=(
+            Block(attention=MHA(heads=2, bias=True), ffn=GELU(hidden_dim=8)),
             Block(attention=MHA(heads=2), ffn=MoE(expert=expert, experts=2, shared_experts=1, router_bias=True)),
         ),
     )
@@ -101,13 +101,13 @@ def test_matrices_of_the_blocks_go_by_muon_and_all_else_by_adamw():
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = Muon(learning_rate=1e-3, weight_decay=0.3).groups(model)
     found = {group["name"]: {names[parameter] for parameter in group["params"]} for group in groups}
-    attention = {f"blocks.{i}.attention.{part}.weight" for i in (0, 1) for part in ("query", "key", "value", "output")}
+    attention = {f"layers.{i}.attention.{part}.weight" for i in (0, 1) for part in ("query", "key", "value", "output")}
     gates = {f"{of}.{part}.weight" for of in ("experts", "shared") for part in ("gate", "up", "down")}
-    ffn = {f"blocks.0.ffn.network.{part}.weight" for part in ("up", "down")}
-    mixture = {f"blocks.1.ffn.{name}" for name in gates | {"router.weight"}}
+    ffn = {f"layers.0.ffn.network.{part}.weight" for part in ("up", "down")}
+    mixture = {f"layers.1.ffn.{name}" for name in gates | {"router.weight"}}
     assert found["matrices"] == attention | ffn | mixture
     assert found["decay"] == {"embedding.up.weight", "head.weight"}
-    assert {"embedding.weight", "position.weight", "blocks.1.ffn.experts.gate.scale"} < found["no_decay"]
+    assert {"embedding.weight", "position.weight", "layers.1.ffn.experts.gate.scale"} < found["no_decay"]
     assert sum(map(len, found.values())) == len(names)
     assert [(group["weight_decay"], group["by_muon"]) for group in groups] == [(0.3, True), (0.3, False), (0.0, False)]
 
@@ -140,5 +140,5 @@ def test_kinds_are_chosen_by_name_and_keep_what_they_share():
     chosen = Choice(optimizer=AdamW(learning_rate=3e-4, beta2=0.9), schedule=Cosine(warmup_steps=5))
     swapped = override(chosen, {"optimizer": "muon", "schedule": "wsd"})
     assert swapped.optimizer == Muon(learning_rate=3e-4, beta2=0.9)
-    assert swapped.schedule == WSD(warmup_steps=5, final_fraction=0.1)
+    assert swapped.schedule == WSD(warmup_steps=5, min_lr_ratio=0.1)
     assert Choice.from_yaml(swapped.to_yaml()) == swapped

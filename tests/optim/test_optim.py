@@ -15,14 +15,14 @@ from mosaic_dist.model import (
     NormalizedBlock,
     SwiGLU,
     Transformer,
-    UnitMatrix,
+    UnitLinearKind,
     Untied,
 )
 from mosaic_dist.optim import AdamW, Constant, Cosine, parameter_groups
 
 
 def test_cosine_starts_after_its_warmup_and_ends_at_its_floor():
-    schedule = Cosine(warmup_steps=10, final_fraction=0.1)
+    schedule = Cosine(warmup_steps=10, min_lr_ratio=0.1)
     factors = [schedule.factor(step, 110) for step in range(111)]
     assert factors[0] == pytest.approx(1 / 11)
     assert factors[:11] == sorted(factors[:11])
@@ -38,14 +38,14 @@ def test_constant():
 
 def test_tables_gains_and_biases_do_not_decay():
     spec = Transformer(
-        vocab=16,
+        vocab_size=16,
         dim=8,
-        context=4,
+        max_seq_len=4,
         embedding=Factored(rank=4),
         norm=LayerNorm(),
-        blocks=(
-            Block(attention=MHA(heads=2, bias=True), ffn=GELU(width=8)),
-            Block(attention=MHA(heads=2), ffn=MoE(expert=SwiGLU(width=8), experts=2)),
+        layers=(
+            Block(attention=MHA(heads=2, bias=True), ffn=GELU(hidden_dim=8)),
+            Block(attention=MHA(heads=2), ffn=MoE(expert=SwiGLU(hidden_dim=8), experts=2)),
         ),
     )
     model = spec.build_initialized(0)
@@ -55,9 +55,9 @@ def test_tables_gains_and_biases_do_not_decay():
     assert {names[p] for p in no_decay["params"]} == {
         "embedding.weight",
         "position.weight",
-        *(f"blocks.0.attention.{part}.bias" for part in ("query", "key", "value", "output")),
+        *(f"layers.0.attention.{part}.bias" for part in ("query", "key", "value", "output")),
         *(
-            f"blocks.{i}.{norm}.{part}"
+            f"layers.{i}.{norm}.{part}"
             for i in (0, 1)
             for norm in ("attention_norm", "ffn_norm")
             for part in ("weight", "bias")
@@ -69,10 +69,10 @@ def test_tables_gains_and_biases_do_not_decay():
 
 
 def test_the_scales_of_stacked_experts_do_not_decay():
-    expert = SwiGLU(width=8, matrix=UnitMatrix())
+    expert = SwiGLU(hidden_dim=8, linear=UnitLinearKind())
     block = NormalizedBlock(attention=MHA(heads=2), ffn=MoE(expert=expert, experts=2))
-    model = Transformer(vocab=16, dim=8, context=4, blocks=(block,)).build_initialized(0)
-    stacked = model.blocks[0].ffn.experts.up
+    model = Transformer(vocab_size=16, dim=8, max_seq_len=4, layers=(block,)).build_initialized(0)
+    stacked = model.layers[0].ffn.experts.up
     decay, no_decay = ({id(p) for p in group["params"]} for group in parameter_groups(model, 0.1))
     assert stacked.scale.shape == (2, 8)
     assert id(stacked.scale) in no_decay
@@ -81,7 +81,11 @@ def test_the_scales_of_stacked_experts_do_not_decay():
 
 def test_an_untied_head_decays():
     spec = Transformer(
-        vocab=16, dim=8, context=4, head=Untied(), blocks=(Block(attention=MHA(heads=2), ffn=GELU(width=8)),)
+        vocab_size=16,
+        dim=8,
+        max_seq_len=4,
+        head=Untied(),
+        layers=(Block(attention=MHA(heads=2), ffn=GELU(hidden_dim=8)),),
     )
     model = spec.build_initialized(0)
     decay = parameter_groups(model, 0.1)[0]

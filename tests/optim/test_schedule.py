@@ -7,7 +7,7 @@ import torch
 from torch.optim import lr_scheduler
 from transformers import get_inverse_sqrt_schedule, get_wsd_schedule
 
-from mosaic_dist.optim import WSD, Cosine, Exponential, InverseSquareRoot, Linear, Schedule
+from mosaic_dist.optim import WSD, Cosine, Exponential, InverseSquareRoot, LinearSchedule, Schedule
 
 WARMUP, STEPS = 8, 60
 
@@ -30,9 +30,9 @@ def stepped(make, **settings) -> list[float]:
 
 def test_linear_and_cosine_are_torchs():
     line = stepped(lr_scheduler.LinearLR, start_factor=1.0, end_factor=0.25, total_iters=STEPS - WARMUP)
-    assert factors(Linear(warmup_steps=WARMUP, final_fraction=0.25)) == pytest.approx(line)
+    assert factors(LinearSchedule(warmup_steps=WARMUP, min_lr_ratio=0.25)) == pytest.approx(line)
     curve = stepped(lr_scheduler.CosineAnnealingLR, T_max=STEPS - WARMUP, eta_min=0.25)
-    assert factors(Cosine(warmup_steps=WARMUP, final_fraction=0.25)) == pytest.approx(curve)
+    assert factors(Cosine(warmup_steps=WARMUP, min_lr_ratio=0.25)) == pytest.approx(curve)
 
 
 def test_exponential_is_torchs():
@@ -52,7 +52,7 @@ def test_wsd_is_transformers(shape):
         decay_type=shape,
         min_lr_ratio=0.1,
     )
-    ours = factors(WSD(warmup_steps=WARMUP, decay_fraction=0.25, shape=shape, final_fraction=0.1))
+    ours = factors(WSD(warmup_steps=WARMUP, decay_fraction=0.25, shape=shape, min_lr_ratio=0.1))
     assert ours == pytest.approx(theirs)
     assert ours[: STEPS - WARMUP - 15] == [1.0] * (STEPS - WARMUP - 15)
     assert ours[STEPS - WARMUP - 14] < 1.0
@@ -60,7 +60,7 @@ def test_wsd_is_transformers(shape):
 
 def test_a_decay_longer_than_what_the_warmup_leaves_begins_after_it():
     schedule = WSD(warmup_steps=WARMUP, decay_fraction=1.0, shape="linear")
-    assert factors(schedule) == pytest.approx(factors(Linear(warmup_steps=WARMUP)))
+    assert factors(schedule) == pytest.approx(factors(LinearSchedule(warmup_steps=WARMUP)))
 
 
 def test_inverse_square_root_is_transformers_and_that_of_the_paper():
@@ -74,7 +74,7 @@ def test_inverse_square_root_is_transformers_and_that_of_the_paper():
     assert schedule.factor(STEPS, STEPS) == schedule.factor(STEPS, 10 * STEPS)
 
 
-@pytest.mark.parametrize("kind", [WSD, Cosine, InverseSquareRoot, Linear])
+@pytest.mark.parametrize("kind", [WSD, Cosine, InverseSquareRoot, LinearSchedule])
 def test_all_meet_the_warmup_at_the_peak_and_never_rise_again(kind):
     schedule = kind(warmup_steps=WARMUP)
     rising = [schedule.factor(step, STEPS) for step in range(WARMUP + 1)]

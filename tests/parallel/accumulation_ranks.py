@@ -14,7 +14,7 @@ from mosaic_dist.parallel.state import optimizer_tensors, shards
 from tests.parallel.mixed import LENGTH, MODEL, OPTIMIZER, Case, model_of
 
 RANKS, ACCUMULATION = 2, 32
-UNCLIPPED = replace(OPTIMIZER, clip_norm=0.0)
+UNCLIPPED = replace(OPTIMIZER, max_grad_norm=0.0)
 OFFLOADED = {"offload_optimizer": {"device": "cpu"}}
 LAYOUTS: dict[str, tuple[Case, dict[str, Any]]] = {
     f"zero {stage}, {degree} expert-parallel, {'offloaded' if offload else 'plain'}": (
@@ -37,7 +37,7 @@ MODEL_OF_ALL = model_of(Case(RANKS, 1, 1, ACCUMULATION, "bf16"))
 def batch() -> tuple[Tensor, Tensor]:
     """Inputs and targets [RANKS * ACCUMULATION, LENGTH]; all tokens are scored."""
     generator = torch.Generator().manual_seed(2)
-    walk = torch.randint(0, 7, (RANKS * ACCUMULATION, LENGTH + 1), generator=generator).cumsum(-1) % MODEL.vocab
+    walk = torch.randint(0, 7, (RANKS * ACCUMULATION, LENGTH + 1), generator=generator).cumsum(-1) % MODEL.vocab_size
     return walk[:, :-1].contiguous(), walk[:, 1:].contiguous()
 
 
@@ -86,10 +86,10 @@ def main(output: str) -> None:
         config = fill_config(
             {"zero_optimization": {"stage": case.stage, "stage3_param_persistence_threshold": 0} | zero},
             precision="bf16",
-            micro_batch=1,
+            micro_batch_size=1,
             accumulation=ACCUMULATION,
             world_size=world.size,
-            clip_norm=UNCLIPPED.clip_norm,
+            max_grad_norm=UNCLIPPED.max_grad_norm,
         )
         engine = Engine(MODEL_OF_ALL, UNCLIPPED, config, case.degree, 0, world)
         errors[name] = error_of(world, engine, exact)

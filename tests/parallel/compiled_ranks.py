@@ -11,13 +11,13 @@ from torch._dynamo.utils import counters
 
 from mosaic_dist.checkpoint import Checkpoint
 from mosaic_dist.checkpoint.engine_state import load_engine, save_engine
-from mosaic_dist.model import SwiGLU, compile_blocks
+from mosaic_dist.model import SwiGLU, compile_layers
 from mosaic_dist.parallel import Engine, Parallel, World, engine, join_world, leave_world
 from tests.parallel.mixed import LEARNING_RATE, MODEL, Case, batches, make_engine, my_part, replace
 
 STAGES = (1, 3)
-DENSE, SPARSE = replace(MODEL.blocks[0], ffn=SwiGLU(width=32)), MODEL.blocks[0]
-MIXED = replace(MODEL, blocks=(SPARSE, DENSE, DENSE))
+DENSE, SPARSE = replace(MODEL.layers[0], ffn=SwiGLU(hidden_dim=32)), MODEL.layers[0]
+MIXED = replace(MODEL, layers=(SPARSE, DENSE, DENSE))
 
 
 def step(world: World, trained: Engine, number: int) -> list[float]:
@@ -50,7 +50,7 @@ def exchanged(world: World, stage: int, folder: Path) -> dict[str, Any]:
     saved = save_engine(folder / "plain", 1, plain, {})
     torch._dynamo.reset()  # else a stage would take over what the last one compiled
     counters.clear()
-    compiled = make(Parallel(compile_blocks=True))
+    compiled = make(Parallel(compile=True))
     first_compiled = step(world, compiled, 0)
     graphs = counters["stats"]["unique_graphs"]
     saved_compiled = save_engine(folder / "compiled", 1, compiled, {})
@@ -67,7 +67,7 @@ def main(folder: str) -> None:
     """Write what each stage tells as `<folder>/told.json`."""
     world = join_world(200)
     # what is asked here is how compiled blocks and DeepSpeed get on, not what code is made of them
-    engine.compile_blocks = functools.partial(compile_blocks, backend="aot_eager")
+    engine.compile_layers = functools.partial(compile_layers, backend="aot_eager")
     told = {stage: exchanged(world, stage, Path(folder) / str(stage)) for stage in STAGES}
     if world.is_main:
         (Path(folder) / "told.json").write_text(json.dumps(told))

@@ -53,7 +53,7 @@ def run_world(main: Callable[..., None], words: list[str], size: int) -> bool:
 
 
 def run(module: str, sizes: str, *words: str) -> None:
-    """See the module's text."""
+    """Run the `main` of a module with `words` in forked ranks, once for each of the sizes."""
     for name in LOADED_LATER:
         importlib.import_module(name)
     main = importlib.import_module(module).main

@@ -18,7 +18,7 @@ from mosaic_dist.model import Experts, Init, MixtureOfExperts, MoE, SwiGLU, init
 from mosaic_dist.parallel import World, join_world, leave_world, place_experts
 
 RANKS, DIM, EXPERTS, TOP_K = 3, 8, 6, 2
-SPEC = MoE(expert=SwiGLU(width=12, bias=True), experts=EXPERTS, top_k=TOP_K, shared_experts=1)
+SPEC = MoE(expert=SwiGLU(hidden_dim=12, bias=True), experts=EXPERTS, top_k=TOP_K, shared_experts=1)
 CHUNKS = 4
 TIMEOUT_SECONDS = 30
 """Of each exchange."""
@@ -53,7 +53,7 @@ def build(spec: MoE, world: World | None) -> MixtureOfExperts:
     materialize(layer, torch.device("cpu"))
     initialize(layer, Init(std=0.5), 1, 0)
     if world is not None:
-        layer.exchange.set_deepspeed_parallelism()
+        layer.dispatcher.set_deepspeed_parallelism()
     return layer
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mosaic_dist.model import Factored, Head, Loss, Recompute, Tied, UnitHead, Untied
+from mosaic_dist.model import ActivationCheckpointing, Factored, Head, Loss, Tied, UnitHead, Untied
 from mosaic_dist.parallel import Parallel, Precision, World, join_world, leave_world
 from mosaic_dist.parallel.state import shards
 from tests.parallel.mixed import BATCH, LEARNING_RATE, LENGTH, MODEL, Case, batches, make_engine, my_part
@@ -36,7 +36,7 @@ def train(world: World, stage: int, head: str, precision: Precision, loss: Loss)
     model = replace(MODEL, head=HEADS[head], loss=loss)
     if head == "tied":
         model = replace(model, embedding=Factored(rank=8))
-    parallel = Parallel(recompute=Recompute(parts="full"))
+    parallel = Parallel(activation_checkpointing=ActivationCheckpointing(parts="full"))
     engine = make_engine(world, Case(world.size, stage, 2, ACCUMULATION, precision), model, parallel)
     mine = my_part(world)
     results = [engine.train_step(x[mine], y[mine], LEARNING_RATE) for x, y in batches()]
@@ -51,8 +51,8 @@ def main(output: str) -> None:
     world = join_world(60)
     told = {}
     for name, layout in LAYOUTS.items():
-        plain, weights = train(world, *layout, Loss(z_weight=0.01))
-        numbers, weights_in_chunks = train(world, *layout, Loss(z_weight=0.01, chunk_tokens=CHUNK))
+        plain, weights = train(world, *layout, Loss(z_loss_coef=0.01))
+        numbers, weights_in_chunks = train(world, *layout, Loss(z_loss_coef=0.01, chunk_tokens=CHUNK))
         told[name] = {
             "numbers": (numbers / plain - 1).abs().max().item(),
             "weights": ((weights_in_chunks - weights).norm() / weights.norm()).item(),

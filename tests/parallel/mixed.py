@@ -1,7 +1,7 @@
 """A model whose layers have different experts, and the plain loop on one process that every layout must equal.
 
 The loop knows ranks and micro-batches only as rows of the batch, and has no word of our engine: the auxiliary losses
-are written out here from the routers' choices, because `balance_over` is about who counts what.
+are written out here from the routers' choices, because `aux_loss_scope` is about who counts what.
 """
 
 import itertools
@@ -21,40 +21,40 @@ from mosaic_dist.targets import IGNORE_INDEX
 STEPS, BATCH, LENGTH = 3, 16, 12
 LEARNING_RATE, RATE = 1e-2, 0.05
 # with so large an epsilon an update is smooth in the gradient: the last bits of one near zero are not blown up
-OPTIMIZER = AdamW(learning_rate=LEARNING_RATE, clip_norm=0.3, weight_decay=0.1, eps=1e-5)
+OPTIMIZER = AdamW(learning_rate=LEARNING_RATE, max_grad_norm=0.3, weight_decay=0.1, eps=1e-5)
 OPTIMIZERS: dict[str, Optimizer] = {
     "adamw": OPTIMIZER,
-    "muon": Muon(learning_rate=LEARNING_RATE, clip_norm=0.3, weight_decay=0.1, eps=1e-5),
+    "muon": Muon(learning_rate=LEARNING_RATE, max_grad_norm=0.3, weight_decay=0.1, eps=1e-5),
 }
 MODEL = Transformer(
-    vocab=64,
+    vocab_size=64,
     dim=16,
-    context=LENGTH,
+    max_seq_len=LENGTH,
     init=Init(std=0.1),
-    blocks=(
+    layers=(
         Block(
             attention=MHA(heads=2),
             ffn=MoE(
-                expert=SwiGLU(width=32),
+                expert=SwiGLU(hidden_dim=32),
                 split=4,
                 experts=8,
                 top_k=2,
                 shared_experts=1,
-                router=SigmoidTopK(correction_rate=RATE),
-                balance_weight=0.2,
-                balance_over="global_batch",
-                z_weight=0.05,
+                router=SigmoidTopK(expert_bias_update_rate=RATE),
+                aux_loss_coef=0.2,
+                aux_loss_scope="global_batch",
+                z_loss_coef=0.05,
             ),
         ),
         Block(
             attention=MHA(heads=2),
-            ffn=MoE(expert=GELU(width=8, bias=True), experts=16, top_k=3, router_bias=True, balance_weight=0.2),
+            ffn=MoE(expert=GELU(hidden_dim=8, bias=True), experts=16, top_k=3, router_bias=True, aux_loss_coef=0.2),
         ),
     ),
 )
-WIDENED = MuP(std=0.1, base={"dim": 4, "blocks[0].ffn.expert.width": 8})
+WIDENED = MuP(std=0.1, base={"dim": 4, "layers[0].ffn.expert.hidden_dim": 8})
 """By which nearly every matrix learns at another rate; the experts of a layer at two."""
-CHOICES = sum(block.ffn.top_k for block in MODEL.blocks)
+CHOICES = sum(block.ffn.top_k for block in MODEL.layers)
 """Of each token, in all layers together."""
 
 
@@ -100,8 +100,8 @@ def model_of(case: Case) -> Transformer:
     """The model that a layout trains: in bfloat16 one whose losses do not depend on how the batch is cut."""
     if case.precision == "fp32":
         return MODEL if case.init == "gpt2" else replace(MODEL, init=WIDENED)
-    uncut = (replace(block, ffn=replace(block.ffn, balance_over="sequence")) for block in MODEL.blocks)
-    return replace(MODEL, blocks=tuple(uncut))
+    uncut = (replace(block, ffn=replace(block.ffn, aux_loss_scope="sequence")) for block in MODEL.layers)
+    return replace(MODEL, layers=tuple(uncut))
 
 
 def make_engine(
@@ -117,10 +117,10 @@ def make_engine(
     config = fill_config(
         {"zero_optimization": settings},
         precision=case.precision,
-        micro_batch=BATCH * parallel.sequence_parallel // world.size // case.accumulation,
+        micro_batch_size=BATCH * parallel.sequence_parallel // world.size // case.accumulation,
         accumulation=case.accumulation,
         world_size=world.size,
-        clip_norm=OPTIMIZER.clip_norm,
+        max_grad_norm=OPTIMIZER.max_grad_norm,
     )
     optimizer = OPTIMIZERS[case.optimizer]
     return Engine(model or model_of(case), optimizer, config, case.degree, 0, world, parallel=parallel)
@@ -134,7 +134,7 @@ def my_part(world: World) -> slice:
 def batches() -> list[tuple[Tensor, Tensor]]:
     """Per step inputs and targets [BATCH, LENGTH] of the global batch; the first rows score few of their tokens."""
     generator = torch.Generator().manual_seed(1)
-    walk = torch.randint(0, 7, (STEPS, BATCH, LENGTH + 1), generator=generator).cumsum(-1) % MODEL.vocab
+    walk = torch.randint(0, 7, (STEPS, BATCH, LENGTH + 1), generator=generator).cumsum(-1) % MODEL.vocab_size
     inputs, targets = walk[..., :-1].contiguous(), walk[..., 1:].contiguous()
     targets[:, :3, 2:] = IGNORE_INDEX
     return list(zip(inputs, targets, strict=True))
@@ -163,11 +163,11 @@ def plain_training(ranks: int, accumulation: int, chosen: Optimizer = OPTIMIZER,
         cut = (ranks, accumulation, -1, LENGTH)
         loss, auxiliary, counts = one_step(model, inputs.view(cut), targets.view(cut))
         (loss + auxiliary).backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), chosen.clip_norm)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), chosen.max_grad_norm)
         gradients = gradients or {name: p.grad.clone() for name, p in model.named_parameters()}
         optimizer.step()
         optimizer.zero_grad()
-        correction = model.blocks[0].ffn.router.correction
+        correction = model.layers[0].ffn.router.expert_bias
         correction += RATE * (counts[0].mean() - counts[0]).sign()
         results.append([loss.item(), auxiliary.item(), norm.item()])
     return Plain(results, gradients, {name: value.detach() for name, value in model.state_dict().items()})
@@ -176,7 +176,7 @@ def plain_training(ranks: int, accumulation: int, chosen: Optimizer = OPTIMIZER,
 def one_step(model: TransformerModel, inputs_WABT: Tensor, targets_WABT: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Mean cross-entropy, auxiliary loss, and choices per expert of each layer, of rows by rank and micro-batch."""
     routings: list[Routing] = []
-    mixtures = [block.ffn for block in model.blocks]
+    mixtures = [block.ffn for block in model.layers]
     handles = [layer.router.register_forward_hook(lambda _m, _i, out: routings.append(out)) for layer in mixtures]
     W, A = inputs_WABT.shape[:2]
     total, auxiliary = torch.zeros(()), torch.zeros(())
@@ -188,10 +188,10 @@ def one_step(model: TransformerModel, inputs_WABT: Tensor, targets_WABT: Tensor)
             chosen = [functional.one_hot(routing.experts_SK, spec.experts).sum((0, 1)).float() for routing in of_ranks]
             counts[i] = counts[i] + sum(chosen)
             for routing, own_E in zip(of_ranks, chosen, strict=True):
-                counted_E = counts[i] if spec.balance_over == "global_batch" else own_E
+                counted_E = counts[i] if spec.aux_loss_scope == "global_batch" else own_E
                 balance = spec.experts * (counted_E / counted_E.sum() * routing.probs_SE.mean(0)).sum()
                 z = routing.logits_SE.exp().sum(-1).log().square().mean()
-                auxiliary = auxiliary + (spec.balance_weight * balance + spec.z_weight * z) / (W * A)
+                auxiliary = auxiliary + (spec.aux_loss_coef * balance + spec.z_loss_coef * z) / (W * A)
         routings.clear()
     for handle in handles:
         handle.remove()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mosaic_dist.model import Experts, Recompute, Transformer
+from mosaic_dist.model import ActivationCheckpointing, Experts, Transformer
 from mosaic_dist.model.moe.router import RouterModule
 from mosaic_dist.parallel import Engine, Parallel, World, join_world, leave_world
 from mosaic_dist.parallel.state import optimizer_tensors, shards
@@ -18,25 +18,27 @@ ACCUMULATION = 2
 STAGES = (1, 3)
 VARIANTS = {
     "none": Parallel(),
-    "full": Parallel(recompute=Recompute(parts="full")),
-    "every second": Parallel(recompute=Recompute(parts="full", every=2)),
-    "attention": Parallel(recompute=Recompute(parts="attention")),
-    "ffn": Parallel(recompute=Recompute(parts="ffn")),
-    "moe": Parallel(recompute=Recompute(parts="moe")),
+    "full": Parallel(activation_checkpointing=ActivationCheckpointing(parts="full")),
+    "every second": Parallel(activation_checkpointing=ActivationCheckpointing(parts="full", every=2)),
+    "attention": Parallel(activation_checkpointing=ActivationCheckpointing(parts="attention")),
+    "ffn": Parallel(activation_checkpointing=ActivationCheckpointing(parts="ffn")),
+    "moe": Parallel(activation_checkpointing=ActivationCheckpointing(parts="moe")),
     "chunks": Parallel(expert_chunks=3),
-    "chunks in moe": Parallel(expert_chunks=3, recompute=Recompute(parts="moe")),
-    "chunks in full": Parallel(expert_chunks=3, recompute=Recompute(parts="full")),
+    "chunks in moe": Parallel(expert_chunks=3, activation_checkpointing=ActivationCheckpointing(parts="moe")),
+    "chunks in full": Parallel(expert_chunks=3, activation_checkpointing=ActivationCheckpointing(parts="full")),
 }
 
 
 def noisy_model() -> Transformer:
     """The mixed model with everything in it that is drawn or decided in a forward pass."""
-    first, second = MODEL.blocks
+    first, second = MODEL.layers
     return replace(
         MODEL,
-        blocks=(
+        layers=(
             replace(first, dropout=0.1, ffn=replace(first.ffn, jitter=0.1)),
-            replace(second, dropout=0.1, ffn=replace(second.ffn, jitter=0.1, capacity_factor=1.25, drop="lightest")),
+            replace(
+                second, dropout=0.1, ffn=replace(second.ffn, jitter=0.1, capacity_factor=1.25, drop_policy="probs")
+            ),
         ),
     )
 

@@ -11,6 +11,7 @@ from mosaic_dist.model import (
     MHA,
     MLA,
     MQA,
+    ActivationCheckpointing,
     ALiBi,
     Block,
     DecoupledRoPE,
@@ -21,7 +22,6 @@ from mosaic_dist.model import (
     MoE,
     NormalizedBlock,
     Position,
-    Recompute,
     RoPE,
     SwiGLU,
     Transformer,
@@ -31,37 +31,39 @@ from mosaic_dist.targets import IGNORE_INDEX
 from tests.parallel.mixed import LEARNING_RATE, OPTIMIZER, Plain
 
 STEPS, BATCH, LENGTH, VOCAB, END, TOP_K = 3, 4, 16, 32, 5, 2
-DENSE = SwiGLU(width=16)
+DENSE = SwiGLU(hidden_dim=16)
 
 
-def experts(balance_over: str) -> MoE:
+def experts(aux_loss_scope: str) -> MoE:
     """Four experts, whose loads count in the loss."""
-    return MoE(expert=DENSE, experts=4, top_k=TOP_K, balance_weight=0.2, z_weight=0.05, balance_over=balance_over)
+    return MoE(expert=DENSE, experts=4, top_k=TOP_K, aux_loss_coef=0.2, z_loss_coef=0.05, aux_loss_scope=aux_loss_scope)
 
 
 def model(position: Position, *blocks: Block | NormalizedBlock) -> Transformer:
     """Small."""
-    return Transformer(vocab=VOCAB, dim=16, context=LENGTH, init=Init(std=0.1), position=position, blocks=blocks)
+    return Transformer(
+        vocab_size=VOCAB, dim=16, max_seq_len=LENGTH, init=Init(std=0.1), position=position, layers=blocks
+    )
 
 
 MODELS = {
     "gqa": model(RoPE(), Block(attention=GQA(heads=4, kv_heads=2, qk_norm=True), ffn=DENSE)),
     "rotary": model(
         RoPE(),
-        Block(attention=MHA(heads=4, window=5, sinks=True, bias=True), ffn=experts("micro_batch")),
-        Block(attention=GQA(heads=8, kv_heads=2), ffn=DENSE),
-        Block(attention=MQA(heads=4, head_width=8), ffn=experts("sequence")),
+        Block(attention=MHA(heads=4, sliding_window=5, attention_sinks=True, bias=True),
+        ffn=experts("micro_batch")), Block(attention=GQA(heads=8, kv_heads=2), ffn=DENSE),
+        Block(attention=MQA(heads=4, head_dim=8), ffn=experts("sequence")),
         Block(attention=LinearAttention(heads=4, chunk=3), ffn=DENSE),
     ),
     "latent": model(
-        DecoupledRoPE(width=4),
-        Block(attention=MLA(heads=4, kv_compression_dim=8, q_compression_dim=8, value_width=6), ffn=DENSE),
-        Block(attention=MLA(heads=4, kv_compression_dim=8, window=7), ffn=experts("micro_batch")),
+        DecoupledRoPE(rope_head_dim=4),
+        Block(attention=MLA(heads=4, kv_compression_dim=8, q_compression_dim=8, v_head_dim=6), ffn=DENSE),
+        Block(attention=MLA(heads=4, kv_compression_dim=8, sliding_window=7), ffn=experts("micro_batch")),
     ),
     "alibi": model(
         ALiBi(),
-        Block(attention=MHA(heads=4, soft_cap=2.0, kernel="explicit", sinks=True), ffn=experts("sequence")),
-        Block(attention=GQA(heads=4, kv_heads=2, sinks=True), ffn=DENSE),
+        Block(attention=MHA(heads=4, logit_softcap=2.0, kernel="explicit", attention_sinks=True),
+        ffn=experts("sequence")), Block(attention=GQA(heads=4, kv_heads=2, attention_sinks=True), ffn=DENSE),
     ),
     "learned": model(
         Learned(), NormalizedBlock(attention=MHA(heads=4, qk_norm=True), ffn=experts("global_batch")),
@@ -122,13 +124,15 @@ def make_engine(world: World, case: Case) -> Engine:
     config = fill_config(
         {"zero_optimization": {"stage": case.stage, "stage3_param_persistence_threshold": 0}},
         precision="fp32",
-        micro_batch=BATCH // case.data_ranks // case.accumulation,
+        micro_batch_size=BATCH // case.data_ranks // case.accumulation,
         accumulation=case.accumulation,
         world_size=world.size,
-        clip_norm=OPTIMIZER.clip_norm,
+        max_grad_norm=OPTIMIZER.max_grad_norm,
     )
     parallel = Parallel(
-        sequence_parallel=case.shared, expert_chunks=case.chunks, recompute=Recompute(parts=case.recomputed)
+        sequence_parallel=case.shared,
+        expert_chunks=case.chunks,
+        activation_checkpointing=ActivationCheckpointing(parts=case.recomputed),
     )
     return Engine(MODELS[case.model], OPTIMIZER, config, case.degree, 0, world, parallel=parallel)
 
@@ -180,7 +184,7 @@ def plain_training(name: str, micro_batches: int, documents: bool) -> tuple[Plai
             (parts.cross_entropy_sum / scored + parts.auxiliary / micro_batches).backward()
             loss += parts.cross_entropy_sum.item() / scored.item()
             auxiliary += parts.auxiliary.item() / micro_batches
-        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), OPTIMIZER.clip_norm)
+        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), OPTIMIZER.max_grad_norm)
         gradients = gradients or {key: p.grad.clone() for key, p in network.named_parameters()}
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE

@@ -38,6 +38,6 @@ def test_what_deepspeed_is_told(precision, accumulation, said, expected):
     """What the file says counts."""
     config = {"zero_optimization": {"stage": 1}} | said
     filled = fill_config(
-        config, precision=precision, micro_batch=2, accumulation=accumulation, world_size=2, clip_norm=1.0
+        config, precision=precision, micro_batch_size=2, accumulation=accumulation, world_size=2, max_grad_norm=1.0
     )
     assert filled.get("data_types") == expected

@@ -13,7 +13,7 @@ OWNED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumul
 
 
 def fill(config: dict, **changes) -> dict:
-    values = {"precision": "fp32", "micro_batch": 2, "accumulation": 3, "world_size": 4, "clip_norm": 1.0}
+    values = {"precision": "fp32", "micro_batch_size": 2, "accumulation": 3, "world_size": 4, "max_grad_norm": 1.0}
     return fill_config(config, **(values | changes))
 
 

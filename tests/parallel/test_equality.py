@@ -71,8 +71,8 @@ def test_float32_is_the_plain_loop(trained, case):
     assert_plain_loop(got, expected)
     results, weights = got["told/results"], part(got, "weight")
     assert weights.keys() == {name for name in expected.weights if name != "head.weight"}  # which is the table
-    corrections = weights["blocks.0.ffn.router.correction"] / RATE
-    torch.testing.assert_close(corrections, expected.weights["blocks.0.ffn.router.correction"] / RATE)
+    corrections = weights["layers.0.ffn.router.expert_bias"] / RATE
+    torch.testing.assert_close(corrections, expected.weights["layers.0.ffn.router.expert_bias"] / RATE)
     assert corrections.count_nonzero() > 4
     assert results[:, 3].eq(BATCH * LENGTH * CHOICES).all()  # every choice of every token is counted once
 
@@ -95,13 +95,13 @@ def test_bfloat16_is_one_process_but_for_rounding(trained, case):
 
 def test_the_plain_loop_learns_is_clipped_and_knows_its_layout():
     results = torch.tensor(plain(1, 1).results)
-    assert results[0, 0].item() == pytest.approx(math.log(MODEL.vocab), rel=0.02)
+    assert results[0, 0].item() == pytest.approx(math.log(MODEL.vocab_size), rel=0.02)
     assert results[-1, 0] < results[0, 0] - 0.2
     assert results[:, 2].min() > 0.6  # twice the norm that it is clipped to
     for other in ((1, 2), (2, 1), (2, 2)):  # the balance losses depend on how the batch is cut
         assert abs(plain(*other).results[0][1] - results[0, 1].item()) > 1e-4
     widened, plainly = (plain(2, 1, init=init).weights for init in (WIDENED, MODEL.init))
-    for name in ("blocks.0.ffn.experts.up.weight", "blocks.1.ffn.experts.up.weight", "norm.weight"):
+    for name in ("layers.0.ffn.experts.up.weight", "layers.1.ffn.experts.up.weight", "norm.weight"):
         assert deviation(widened[name], plainly[name]) > 0.3, name
     scored = (batches()[0][1] != IGNORE_INDEX).view(4, -1).sum(1)
     assert scored.min() < scored.max() / 2  # ranks score different numbers of tokens
@@ -115,7 +115,7 @@ def test_a_rank_holds_its_share_of_weights_and_moments(trained, case):
     No size here leaves a remainder.
     """
     elements = {
-        name: weight.numel() for name, weight in part(trained[case], "weight").items() if "correction" not in name
+        name: weight.numel() for name, weight in part(trained[case], "weight").items() if "expert_bias" not in name
     }
     experts = sum(count for name, count in elements.items() if ".experts." in name)
     dense = sum(elements.values()) - experts

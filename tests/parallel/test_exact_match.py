@@ -22,7 +22,7 @@ def rows() -> list[tuple[Tensor, Tensor]]:
     """
     model = MODEL.build_initialized(0).eval()
     generator = torch.Generator().manual_seed(3)
-    prompts = [torch.randint(0, MODEL.vocab, (3 + i,), generator=generator).tolist() for i in range(8)]
+    prompts = [torch.randint(0, MODEL.vocab_size, (3 + i,), generator=generator).tolist() for i in range(8)]
     answers = zip(*generate(model, prompts, ANSWERS, Sampling(temperature=0.0)), strict=True)
     inputs, targets = torch.zeros(12, LENGTH, dtype=torch.int64), torch.full((12, LENGTH), IGNORE_INDEX)
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
@@ -30,7 +30,7 @@ def rows() -> list[tuple[Tensor, Tensor]]:
         said = list(answer[:length])
         if i in (2, 4, 5, 7):
             wrong = length - 1 if i in (2, 4) else 0
-            said[wrong] = (said[wrong] + 1) % MODEL.vocab
+            said[wrong] = (said[wrong] + 1) % MODEL.vocab_size
         text = [*prompt, *said]
         inputs[i, : len(text)] = torch.tensor(text)
         targets[i, len(prompt) - 1 : len(text) - 1] = torch.tensor(said)

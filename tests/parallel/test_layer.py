@@ -1,4 +1,4 @@
-"""One mixture over three ranks: bad balance, ranks without tokens, what travels, and what is done meanwhile."""
+"""One mixture over three ranks: bad balance, ranks without tokens, what travels, and what is done overlap_fn."""
 
 import json
 import math

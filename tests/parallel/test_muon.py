@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mosaic_dist.parallel.cut_matrices import Matrix, choose_workers, matrices_of
-from mosaic_dist.parallel.partition import Cut
+from mosaic_dist.parallel.partition import Partition
 from tests.launch import check, run_ranks
 from tests.parallel.mixed import OPTIMIZERS, muon_cases, plain_training
 from tests.parallel.test_equality import assert_plain_loop, deviation, part
@@ -41,7 +41,7 @@ def test_float32_is_the_plain_loop(trained, case):
 
 @pytest.mark.parametrize("case", ROUNDED, ids=str)
 def test_bfloat16_is_one_process_but_for_rounding(trained, case):
-    """See test_equality; all weights together."""
+    """Muon on ranks equals Muon on one device; all weights together."""
     got, expected = trained[case], trained[ROUNDED[0]]
     torch.testing.assert_close(got["told/results"][:, :3], expected["told/results"][:, :3], rtol=2**-7, atol=0.0)
     for name, gradient in part(expected, "gradient").items():
@@ -52,19 +52,19 @@ def test_bfloat16_is_one_process_but_for_rounding(trained, case):
 
 def test_it_is_not_adamw():
     muon, adamw = plain(1, 1).weights, plain(1, 1, "adamw").weights
-    assert deviation(muon["blocks.0.ffn.experts.up.weight"], adamw["blocks.0.ffn.experts.up.weight"]) > 0.01
+    assert deviation(muon["layers.0.ffn.experts.up.weight"], adamw["layers.0.ffn.experts.up.weight"]) > 0.01
 
 
 SHAPES = [(4, 6), (3, 5, 2), (7, 3), (2, 2)]
 
 
-def cuts(stage: int, ranks: int) -> list[Cut]:
+def cuts(stage: int, ranks: int) -> list[Partition]:
     """Parameters of these shapes as ZeRO cuts them."""
     sizes = [math.prod(shape) for shape in SHAPES]
     shares = [math.ceil(size / ranks) for size in sizes]
     if stage == 3:
-        return [Cut(shape, shares[i], 0, sum(shares[:i])) for i, shape in enumerate(SHAPES)]
-    return [Cut(shape, math.ceil(sum(sizes) / ranks), sum(sizes[:i]), 0) for i, shape in enumerate(SHAPES)]
+        return [Partition(shape, shares[i], 0, sum(shares[:i])) for i, shape in enumerate(SHAPES)]
+    return [Partition(shape, math.ceil(sum(sizes) / ranks), sum(sizes[:i]), 0) for i, shape in enumerate(SHAPES)]
 
 
 def flats(stage: int, ranks: int, tensors: list[Tensor]) -> list[Tensor]:

@@ -42,4 +42,4 @@ def test_training_is_the_same(told, layout):
 )
 def test_what_cannot_be_offloaded_is_refused(config, says):
     with pytest.raises(UserError, match=says):
-        fill_config(config, precision="fp32", micro_batch=2, accumulation=1, world_size=2, clip_norm=1.0)
+        fill_config(config, precision="fp32", micro_batch_size=2, accumulation=1, world_size=2, max_grad_norm=1.0)

@@ -38,7 +38,7 @@ def test_the_numbers_are_those_without(told, stage, variant):
         assert found["numbers"] <= limit
         assert found["held"] <= limit
         assert found["same_loads"]
-        layers = len(MODEL.blocks) * ACCUMULATION * STEPS
+        layers = len(MODEL.layers) * ACCUMULATION * STEPS
         assert found["calls"] == {"choices": layers, "passes": layers * PASSES[variant]}  # experts are chosen once
 
 

@@ -30,7 +30,7 @@ def test_shared_sequences_are_whole_ones(outcome, case):
     expected, evaluated = plain_training(case.model, case.data_ranks * case.accumulation, case.documents)
     assert_plain_loop(got, expected)
     torch.testing.assert_close(got["told/held_out"], torch.tensor([1 / 3, evaluated]))
-    layers = sum(isinstance(block.ffn, MoE) for block in MODELS[case.model].blocks)
+    layers = sum(isinstance(block.ffn, MoE) for block in MODELS[case.model].layers)
     scored = torch.tensor([(targets != IGNORE_INDEX).sum() for _, targets, _ in batches()])
     counted = torch.stack([torch.full((STEPS,), BATCH * LENGTH * layers * TOP_K), scored], 1)
     torch.testing.assert_close(got["told/results"][:, 3:], counted.double())
@@ -43,7 +43,7 @@ def test_a_run_goes_on_with_other_ranks_to_a_sequence(outcome):
     torch.testing.assert_close(load_file(outcome / "resumed.safetensors")["losses"], losses, rtol=1e-4, atol=0.0)
 
 
-GQA_8_6 = GQA(heads=24, kv_heads=6, head_width=4)
+GQA_8_6 = GQA(heads=24, kv_heads=6, head_dim=4)
 
 
 @pytest.mark.parametrize(
@@ -59,21 +59,21 @@ GQA_8_6 = GQA(heads=24, kv_heads=6, head_width=4)
             r"sequence_parallel \(4\) would cut groups across nodes of 6 ranks; use 1, 2, 3, 6",
         ),
         (MHA(heads=4), 4, 4, 18, 4, r"18 tokens do not divide by sequence_parallel \(4\); .*use 1, 2, 3$"),
-        (MHA(heads=2), 4, 4, 16, 4, r"blocks\[0\].attention \('mha'\) cannot be shared .*\(4\) .*; use 1, 2$"),
+        (MHA(heads=2), 4, 4, 16, 4, r"layers\[0\].attention \('mha'\) cannot be shared .*\(4\) .*; use 1, 2$"),
         (GQA_8_6, 4, 4, 16, 4, r"\('gqa'\) cannot be shared .*; use 1, 2, 3$"),
         (Attention(), 2, 2, 16, 2, r"cannot be shared .*; use 1$"),
     ],
 )
 def test_what_cannot_be_shared_is_refused(attention, ranks, node, length, degree, message):
-    block = replace(MODELS["gqa"].blocks[0], attention=attention)
+    block = replace(MODELS["gqa"].layers[0], attention=attention)
     with pytest.raises(UserError, match=message):
-        check_sequence_parallel(replace(MODELS["gqa"], blocks=(block,)), degree, length, ranks, node)
+        check_sequence_parallel(replace(MODELS["gqa"], layers=(block,)), degree, length, ranks, node)
 
 
 def test_what_is_dropped_by_all_tokens_is_refused():
-    block = replace(MODELS["gqa"].blocks[0], ffn=replace(experts("micro_batch"), capacity_factor=1.0))
-    model = replace(MODELS["gqa"], blocks=(block,))
-    with pytest.raises(UserError, match=r"blocks\[0\].ffn.capacity_factor is 1.0, but with sequence_parallel \(2\)"):
+    block = replace(MODELS["gqa"].layers[0], ffn=replace(experts("micro_batch"), capacity_factor=1.0))
+    model = replace(MODELS["gqa"], layers=(block,))
+    with pytest.raises(UserError, match=r"layers\[0\].ffn.capacity_factor is 1.0, but with sequence_parallel \(2\)"):
         check_sequence_parallel(model, 2, 16, 2, 2)
     check_sequence_parallel(model, 1, 16, 2, 2)
 
@@ -81,7 +81,7 @@ def test_what_is_dropped_by_all_tokens_is_refused():
 @pytest.mark.parametrize(("attention", "degree"), [(GQA_8_6, 3), (GQA_8_6, 12), (MQA(heads=4), 4), (MHA(heads=4), 8)])
 def test_what_can_be_shared(attention, degree):
     """Key-value heads divide, or are a divisor; and never more ranks than heads."""
-    model = replace(MODELS["gqa"], blocks=(replace(MODELS["gqa"].blocks[0], attention=attention),))
+    model = replace(MODELS["gqa"], layers=(replace(MODELS["gqa"].layers[0], attention=attention),))
     if degree > attention.heads:
         with pytest.raises(UserError, match="cannot be shared"):
             check_sequence_parallel(model, degree, 48, degree, degree)

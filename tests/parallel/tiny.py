@@ -11,15 +11,15 @@ from mosaic_dist.parallel import Engine, World, fill_config
 
 STEPS, BATCH, MICRO, LENGTH = 10, 8, 2, 24
 LEARNING_RATE = 3e-3
-OPTIMIZER = AdamW(learning_rate=LEARNING_RATE, clip_norm=0.3, weight_decay=0.1)
+OPTIMIZER = AdamW(learning_rate=LEARNING_RATE, max_grad_norm=0.3, weight_decay=0.1)
 MODEL = Transformer(
-    vocab=64,
+    vocab_size=64,
     dim=32,
-    context=LENGTH,
+    max_seq_len=LENGTH,
     embedding=Factored(rank=16),
-    blocks=(
-        Block(attention=MHA(heads=4), ffn=SwiGLU(width=48)),
-        Block(attention=MHA(heads=4), ffn=MoE(expert=SwiGLU(width=64), split=4, experts=4, top_k=2)),
+    layers=(
+        Block(attention=MHA(heads=4), ffn=SwiGLU(hidden_dim=48)),
+        Block(attention=MHA(heads=4), ffn=MoE(expert=SwiGLU(hidden_dim=64), split=4, experts=4, top_k=2)),
     ),
 )
 
@@ -35,10 +35,10 @@ def make_engine(
     config = fill_config(
         {"zero_optimization": {"stage": stage}},
         precision="fp32",
-        micro_batch=MICRO,
+        micro_batch_size=MICRO,
         accumulation=BATCH // MICRO // world.size,
         world_size=world.size,
-        clip_norm=OPTIMIZER.clip_norm,
+        max_grad_norm=OPTIMIZER.max_grad_norm,
     )
     return Engine(model, OPTIMIZER, config, degree, 0, world, fill)
 
@@ -51,7 +51,7 @@ def my_part(world: World) -> slice:
 def batches() -> list[tuple[Tensor, Tensor]]:
     """Per step inputs and targets [BATCH, LENGTH] of the global batch."""
     generator = torch.Generator().manual_seed(1)
-    walk = torch.randint(0, 7, (STEPS, BATCH, LENGTH + 1), generator=generator).cumsum(-1) % MODEL.vocab
+    walk = torch.randint(0, 7, (STEPS, BATCH, LENGTH + 1), generator=generator).cumsum(-1) % MODEL.vocab_size
     return [(step[:, :-1].contiguous(), step[:, 1:].contiguous()) for step in walk]
 
 
@@ -69,7 +69,7 @@ def reference(left_out: Collection[int] = ()) -> tuple[list[float], list[float],
             (parts.cross_entropy_sum / targets.numel() + parts.auxiliary / (BATCH // MICRO)).backward()
             total += parts.cross_entropy_sum.item()
         losses.append(total / targets.numel())
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip_norm).item())
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.max_grad_norm).item())
         optimizer.step()
         optimizer.zero_grad()
     return losses, norms, {name: parameter.detach() for name, parameter in model.named_parameters()}

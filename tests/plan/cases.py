@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from mosaic_dist.data import Data
 from mosaic_dist.hardware import Device
-from mosaic_dist.model import Recompute
+from mosaic_dist.model import ActivationCheckpointing
 from mosaic_dist.parallel import Parallel
 from mosaic_dist.plan.plan import Plan, make_plan
 from mosaic_dist.run_spec import Run
@@ -30,7 +30,7 @@ class Measured(NamedTuple):
     """A layout of the engine, and ZeRO's settings beside."""
 
     case: Case
-    recompute: str = "none"
+    activation_checkpointing: str = "none"
     reuse_distance: int = 1_000_000_000
     persistence: int = 0
     shared: int = 1
@@ -39,7 +39,7 @@ class Measured(NamedTuple):
     @property
     def name(self) -> str:
         """Of all that is in it."""
-        return f"{self.case}_{self.recompute}_{self.reuse_distance}_{self.persistence}_{self.shared}"
+        return f"{self.case}_{self.activation_checkpointing}_{self.reuse_distance}_{self.persistence}_{self.shared}"
 
     @property
     def zero(self) -> dict[str, Any]:
@@ -57,7 +57,7 @@ class Measured(NamedTuple):
         return Parallel(
             expert_parallel=self.case.degree,
             sequence_parallel=self.shared,
-            recompute=Recompute(parts=self.recompute),
+            activation_checkpointing=ActivationCheckpointing(parts=self.activation_checkpointing),
         )
 
 
@@ -87,7 +87,7 @@ def plan_of(measured: Measured) -> Plan:
         optimizer=OPTIMIZERS[case.optimizer],
         steps=1,
         batch_tokens=BATCH * LENGTH,
-        micro_batch=BATCH * measured.shared // RANKS // case.accumulation,
+        micro_batch_size=BATCH * measured.shared // RANKS // case.accumulation,
         precision=case.precision,
         parallel=measured.parallel,
     )

@@ -10,7 +10,7 @@ from mosaic_dist.__main__ import main as run_main
 from mosaic_dist.errors import UserError
 from mosaic_dist.hardware import DEVICES, Device, device_called, find_device
 from mosaic_dist.plan import calibrate as calibration
-from mosaic_dist.plan.command import load_run, plan
+from mosaic_dist.plan.command import load_recipe, plan
 from mosaic_dist.plan.layout import Span, make_layout
 from mosaic_dist.plan.plan import setting_of
 from mosaic_dist.plan.search import LONG_TOKENS, sharing
@@ -52,16 +52,19 @@ def test_recomputation_chunks_and_stages_change_what_they_should(capsys):
     assert figures(zero=1, checkpointing="full")["activations"] < plain["activations"]
     assert figures(zero=3)["parameters"] < plain["parameters"]
     assert figures(zero=1, ep=1)["parameters"] > plain["parameters"]
-    assert figures(zero=2, sp=2, micro_batch=1)["activations"] < 0.6 * figures(zero=2, micro_batch=1)["activations"]
+    assert (
+        figures(zero=2, sp=2, micro_batch_size=1)["activations"]
+        < 0.6 * figures(zero=2, micro_batch_size=1)["activations"]
+    )
 
 
 def test_a_search_lets_ranks_share_long_sequences():
     """At most as many as a node has, which divide tokens and heads."""
-    run = load_run(SMALL)
+    run = load_recipe(SMALL)
     assert list(sharing(run, 8)) == [1]
     assert list(sharing(override(run, {"parallel.sequence_parallel": 2}), 8)) == [2]
-    long = override(run, {"model.context": LONG_TOKENS, "data.seq_len": LONG_TOKENS})
-    heads = {block.attention.heads for block in run.model.blocks}
+    long = override(run, {"model.max_seq_len": LONG_TOKENS, "data.seq_len": LONG_TOKENS})
+    heads = {block.attention.heads for block in run.model.layers}
     assert list(sharing(long, 12)) == [n for n in (1, 2, 4) if all(count % n == 0 for count in heads)]
 
 
@@ -99,7 +102,7 @@ def test_search_lists_what_fits_and_why_others_do_not(capsys):
         ({"ep": 3}, "do not divide by expert_parallel (3)"),
         ({"zero": 0}, "ZeRO stage 0 would train wrongly"),
         ({"gpu": "t4", "precision": "bf16"}, "T4 has no bf16"),
-        ({"micro_batch": 10007}, "does not divide them"),
+        ({"micro_batch_size": 10007}, "does not divide them"),
         ({"zero": 1, "ds_config": "ds_configs/zero1.json"}, "both give a ZeRO stage"),
         ({"search": True, "json": True}, "--search prints a table"),
     ],
@@ -150,10 +153,10 @@ def test_calibration_multiplies_random_numbers(monkeypatch):
 
 
 def test_an_a100_has_flash_attention_but_no_grouped_product():
-    """See `has_grouped_product` in model/ffn/kernel.py."""
+    """Estimates follow the device: a grouped product exists on compute capability 9.0 and 10.0 only."""
     settings = {}
     for word in ("a100", "h100", "t4"):
-        layout = make_layout(load_run(SMALL), {"zero_optimization": {"stage": 1}}, DEVICES[word], 1, 4)
+        layout = make_layout(load_recipe(SMALL), {"zero_optimization": {"stage": 1}}, DEVICES[word], 1, 4)
         setting = setting_of(layout, DEVICES[word])
         settings[word] = (setting.attention, setting.grouped)
     assert settings == {"a100": ("flash", False), "h100": ("flash", True), "t4": ("efficient", False)}

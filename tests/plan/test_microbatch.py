@@ -12,17 +12,17 @@ from mosaic_dist.model import (
     GQA,
     MHA,
     MLA,
+    ActivationCheckpointing,
     Block,
     LinearAttention,
     Loss,
     MixtureOfExperts,
     MoE,
-    Recompute,
     RoPE,
     SwiGLU,
     Transformer,
     Untied,
-    apply_recompute,
+    apply_activation_checkpointing,
 )
 from mosaic_dist.plan.flops import product_flops
 from mosaic_dist.plan.microbatch import SHARERS, EvenRouting, Setting, run_microbatch
@@ -31,30 +31,32 @@ from tests.plan.measured_ranks import most_allocated
 
 SEQUENCES, LENGTH = 2, 64
 DIM, VOCAB = 64, 96
-MIXTURE = MoE(expert=SwiGLU(width=48), experts=8, top_k=2, shared_experts=1, balance_weight=0.1)
-small = partial(Transformer, vocab=VOCAB, dim=DIM, context=LENGTH)
+MIXTURE = MoE(expert=SwiGLU(hidden_dim=48), experts=8, top_k=2, shared_experts=1, aux_loss_coef=0.1)
+small = partial(Transformer, vocab_size=VOCAB, dim=DIM, max_seq_len=LENGTH)
 MODELS = {
-    "dense": small(blocks=3 * (Block(attention=MHA(heads=4), ffn=GELU(width=128)),)),
+    "dense": small(layers=3 * (Block(attention=MHA(heads=4), ffn=GELU(hidden_dim=128)),)),
     "gqa and experts": small(
-        position=RoPE(), blocks=3 * (Block(attention=GQA(heads=4, kv_heads=2), ffn=MIXTURE),), head=Untied()
+        position=RoPE(), layers=3 * (Block(attention=GQA(heads=4, kv_heads=2), ffn=MIXTURE),), head=Untied()
     ),
     "window and sinks": small(
-        position=RoPE(), blocks=2 * (Block(attention=GQA(heads=4, kv_heads=2, sinks=True, window=16), ffn=MIXTURE),)
+        position=RoPE(),
+        layers=2 * (Block(attention=GQA(heads=4, kv_heads=2, attention_sinks=True, sliding_window=16), ffn=MIXTURE),),
     ),
-    "latent": small(blocks=2 * (Block(attention=MLA(heads=4, kv_compression_dim=24), ffn=SwiGLU(width=128)),)),
-    "linear": small(blocks=2 * (Block(attention=LinearAttention(heads=4), ffn=SwiGLU(width=128)),)),
+    "latent": small(layers=2 * (Block(attention=MLA(heads=4, kv_compression_dim=24), ffn=SwiGLU(hidden_dim=128)),)),
+    "linear": small(layers=2 * (Block(attention=LinearAttention(heads=4), ffn=SwiGLU(hidden_dim=128)),)),
     "loss in chunks": small(
-        blocks=2 * (Block(attention=MHA(heads=4), ffn=SwiGLU(width=128)),), loss=Loss(chunk_tokens=24, z_weight=0.1)
+        layers=2 * (Block(attention=MHA(heads=4), ffn=SwiGLU(hidden_dim=128)),),
+        loss=Loss(chunk_tokens=24, z_loss_coef=0.1),
     ),
     "loss in chunks, of many words": dataclasses.replace(
-        small(blocks=2 * (Block(attention=MHA(heads=4), ffn=SwiGLU(width=128)),), head=Untied()),
-        vocab=8 * VOCAB,
+        small(layers=2 * (Block(attention=MHA(heads=4), ffn=SwiGLU(hidden_dim=128)),), head=Untied()),
+        vocab_size=8 * VOCAB,
         loss=Loss(chunk_tokens=40),
     ),
     "mixed": small(
-        blocks=2
+        layers=2
         * (
-            Block(attention=MHA(heads=4, kernel="explicit"), ffn=SwiGLU(width=128)),
+            Block(attention=MHA(heads=4, kernel="explicit"), ffn=SwiGLU(hidden_dim=128)),
             Block(attention=MHA(heads=4), ffn=MIXTURE),
         )
     ),
@@ -71,7 +73,7 @@ def setting(name: str, parts: str, chunks: int = 1) -> Setting:
         SEQUENCES,
         LENGTH,
         torch.float32,
-        Recompute(parts=parts),
+        ActivationCheckpointing(parts=parts),
         chunks,
         attention="cpu",
         grouped=False,
@@ -85,7 +87,7 @@ def real(which: Setting):
         if isinstance(layer, MixtureOfExperts):
             layer.router.choose = even_choice(layer.spec.experts, layer.spec.top_k)
             layer.chunks = which.expert_chunks
-    apply_recompute(model, which.recompute)
+    apply_activation_checkpointing(model, which.activation_checkpointing)
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
     return model
@@ -123,7 +125,7 @@ def allocated():
 @pytest.mark.parametrize("parts", PARTS)
 def test_peak_is_what_the_allocator_gave(allocated, name, parts):
     peak = run_microbatch(setting(name, parts)).peak_bytes
-    blocks = MODELS[name].blocks
+    blocks = MODELS[name].layers
     again = {"none": 0, "full": len(blocks), "moe": sum(isinstance(block.ffn, MoE) for block in blocks)}[parts]
     peak += again * torch.get_rng_state().nbytes  # `checkpoint` keeps it in the host's memory, which is the CPU's own
     assert peak == pytest.approx(allocated[name, parts], rel=RELATIVE_ERROR)
@@ -136,9 +138,9 @@ def test_flops_are_those_that_torch_counts(name):
         block
         if name == "linear"
         else dataclasses.replace(block, attention=dataclasses.replace(block.attention, **explicit))
-        for block in MODELS[name].blocks
+        for block in MODELS[name].layers
     )
-    model = dataclasses.replace(MODELS[name], blocks=blocks)
+    model = dataclasses.replace(MODELS[name], layers=blocks)
     which = dataclasses.replace(setting(name, "none"), model=model)
     also = {torch.ops.aten.addmm_: lambda _, a, b, **named: 2 * a[0] * a[1] * b[1]}  # which torch leaves out
     with FlopCounterMode(display=False, custom_mapping=also) as counter:
@@ -157,7 +159,7 @@ def test_recomputation_adds_a_forward_pass_and_takes_memory():
 
 
 def test_packed_documents_take_memory_linear_in_the_length():
-    model = dataclasses.replace(MODELS["dense"], context=2048)
+    model = dataclasses.replace(MODELS["dense"], max_seq_len=2048)
     of_documents = dataclasses.replace(setting("dense", "none"), model=model, documents=True)
     small, large = (run_microbatch(dataclasses.replace(of_documents, seq_len=T)).peak_bytes for T in (1024, 2048))
     assert large < 2.1 * small
@@ -169,8 +171,8 @@ def test_ranks_that_share_sequences_send_heads_and_do_their_part(kv_heads, copie
 
     Outputs are kept on both sides, and copies of keys and values for ranks that share them.
     """
-    blocks = 2 * (Block(attention=GQA(heads=8, kv_heads=kv_heads), ffn=SwiGLU(width=128)),)
-    whole = dataclasses.replace(setting("dense", "none"), model=small(position=RoPE(), blocks=blocks))
+    blocks = 2 * (Block(attention=GQA(heads=8, kv_heads=kv_heads), ffn=SwiGLU(hidden_dim=128)),)
+    whole = dataclasses.replace(setting("dense", "none"), model=small(position=RoPE(), layers=blocks))
     shared = dataclasses.replace(whole, sequence_parallel=4)
     one, four = run_microbatch(whole), run_microbatch(shared)
     passes, width, tokens = 2 * len(blocks), DIM // 8, SEQUENCES * LENGTH // 4
@@ -188,12 +190,12 @@ def test_blocks_are_put_together_as_if_all_had_run():
 
     The head lets go of the weighted balance loss of every mixture that has run: of two fewer, if one stands for three.
     """
-    block = MODELS["gqa and experts"].blocks[0]
+    block = MODELS["gqa and experts"].layers[0]
     unlike = tuple(
-        dataclasses.replace(block, ffn=dataclasses.replace(MIXTURE, balance_weight=w)) for w in (0.1, 0.2, 0.3)
+        dataclasses.replace(block, ffn=dataclasses.replace(MIXTURE, aux_loss_coef=w)) for w in (0.1, 0.2, 0.3)
     )
     same = setting("gqa and experts", "none")
-    other = dataclasses.replace(same, model=dataclasses.replace(same.model, blocks=unlike))
+    other = dataclasses.replace(same, model=dataclasses.replace(same.model, layers=unlike))
     one, three = run_microbatch(same), run_microbatch(other)
     assert (one.flops, one.sent) == (three.flops, three.sent)
     losses = 2 * torch.zeros(()).nbytes
@@ -225,7 +227,7 @@ def test_experts_get_even_numbers_of_rows():
     seen = []
 
     class Noting(torch.nn.Module):
-        def forward(self, x, rows, experts, meanwhile):
+        def forward(self, x, rows, experts, overlap_fn):
             seen.append(rows.counts_E.tolist())
 
     layer = MIXTURE.build(DIM)

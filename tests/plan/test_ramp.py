@@ -62,4 +62,4 @@ def test_a_ramp_is_told_and_costs_more_than_full_batches():
 
 def test_ranks_that_cannot_take_the_ramp_are_refused():
     with pytest.raises(UserError, match="multiples of 192 tokens, which 4 ranks with micro-batches of 4 take"):
-        plan_of(replace(RUN, micro_batch=4), 1)
+        plan_of(replace(RUN, micro_batch_size=4), 1)

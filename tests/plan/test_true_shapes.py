@@ -49,7 +49,7 @@ def test_every_expert_has_one_place_in_a_group_and_all_else_is_everywhere(name):
                 assert shape == (experts // degree, *whole[path][0][1:])
                 found[path] += range(first, first + shape[0])
     assert all(numbers in ([], list(range(experts))) for numbers in found.values())
-    assert sum(bool(numbers) for numbers in found.values()) >= 3 * len(run_of(name).model.blocks)
+    assert sum(bool(numbers) for numbers in found.values()) >= 3 * len(run_of(name).model.layers)
     assert shapes(name, degree, degree + 1) == shapes(name, degree, 1)
 
 
@@ -118,12 +118,12 @@ def test_a_stack_larger_than_deepspeeds_groups_is_a_group_of_its_own():
     run = run_of("gptoss_120b")
     groups = [group for group in rank_groups(run.model, run.optimizer, 2) if group.is_expert]
     assert {group.sizes for group in groups} == {(8 * 4096 * 9088,)}
-    assert len(groups) == 3 * len(run.model.blocks)
+    assert len(groups) == 3 * len(run.model.layers)
 
 
 def test_parameters_that_learn_at_another_rate_are_groups_of_their_own():
     run = run_of("t4_moe")
-    widened = override(run, {"model.init": {"type": "mup", "base": {"dim": 256, "blocks.ffn.expert.width": 1024}}})
+    widened = override(run, {"model.init": {"type": "mup", "base": {"dim": 256, "layers.ffn.expert.hidden_dim": 1024}}})
     plain, split = (rank_groups(one.model, one.optimizer, 2) for one in (run, widened))
     assert len(split) > len(plain)
     assert sorted(name for group in split for name in group.names) == sorted(n for group in plain for n in group.names)

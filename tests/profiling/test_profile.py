@@ -17,8 +17,8 @@ from tests.end_to_end.conftest import python
 from tests.launch import ROOT
 
 TINY = (
-    "--steps 2 --warmup 1 --model.vocab 300 --model.context 64 --model.dim 64 --model.embedding.rank 16 "
-    "--model.blocks.attention.heads 2 --batch_tokens 512 --micro_batch 4"
+    "--steps 2 --warmup 1 --model.vocab_size 300 --model.max_seq_len 64 --model.dim 64 --model.embedding.rank 16 "
+    "--model.layers.attention.heads 2 --batch_tokens 512 --micro_batch_size 4"
 ).split()
 PARTS = {"attention", "norms and residuals", "head and loss", "embedding", "clipping and update"}
 
@@ -29,7 +29,9 @@ def profiled(output, *words: str) -> dict:
     return json.loads(told[told.index("{") : told.rindex("}") + 1])
 
 
-@pytest.mark.parametrize("words", [[], ["--parallel.recompute.parts", "full"]], ids=["plain", "recomputed"])
+@pytest.mark.parametrize(
+    "words", [[], ["--parallel.activation_checkpointing.parts", "full"]], ids=["plain", "recomputed"]
+)
 def test_parts_make_up_the_step(tmp_path, words):
     found = profiled(tmp_path, *words)
     phases = found["phases"]
@@ -47,7 +49,7 @@ def test_parts_make_up_the_step(tmp_path, words):
 
 def test_the_largest_part_is_found(tmp_path):
     """A network with a hundred times the arithmetic of all else, in both directions."""
-    phases = profiled(tmp_path, "--model.blocks.ffn", "{type: swiglu, width: 20000}")["phases"]
+    phases = profiled(tmp_path, "--model.layers.ffn", "{type: swiglu, hidden_dim: 20000}")["phases"]
     largest = phases.pop("feed-forward")
     for direction in ("forward", "backward"):
         assert largest[direction] > 2 * max(phases[part][direction] for part in PARTS - {"clipping and update"})

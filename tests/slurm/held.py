@@ -18,17 +18,17 @@ from mosaic_dist.train.trainer import Trainer
 
 block = Block(
     attention=GQA(heads=4, kv_heads=2),
-    ffn=MoE(expert=SwiGLU(width=64), experts=4, top_k=2, balance_weight=0.01),
+    ffn=MoE(expert=SwiGLU(hidden_dim=64), experts=4, top_k=2, aux_loss_coef=0.01),
 )
 tiny = replace(
     run,
-    model=replace(run.model, vocab=512, dim=32, context=16, blocks=2 * (block,)),
+    model=replace(run.model, vocab_size=512, dim=32, max_seq_len=16, layers=2 * (block,)),
     data=Data(workers=1),
     optimizer=replace(run.optimizer, learning_rate=1e-2),
     schedule=Cosine(warmup_steps=2),
     steps=12,
     batch_tokens=128,
-    micro_batch=2,
+    micro_batch_size=2,
     validate_every_steps=6,
     validation_samples=8,
     parallel=Parallel(timeout_seconds=120.0),

@@ -9,20 +9,22 @@ from mosaic_dist.run_spec import Logging, Run
 
 RANKS, RATE = 2, 0.01
 
-attention, expert = MHA(heads=2), SwiGLU(width=16)
+attention, expert = MHA(heads=2), SwiGLU(hidden_dim=16)
 
 run = Run(
     name="experts",
     model=Transformer(
-        vocab=18,
+        vocab_size=18,
         dim=16,
-        context=16,
-        blocks=(
+        max_seq_len=16,
+        layers=(
             Block(attention=attention, ffn=expert),
-            Block(attention=attention, ffn=MoE(expert=expert, experts=4, top_k=1, capacity_factor=1.0, z_weight=0.1)),
+            Block(
+                attention=attention, ffn=MoE(expert=expert, experts=4, top_k=1, capacity_factor=1.0, z_loss_coef=0.1)
+            ),
             Block(
                 attention=attention,
-                ffn=MoE(expert=expert, experts=8, top_k=2, router=SigmoidTopK(correction_rate=RATE)),
+                ffn=MoE(expert=expert, experts=8, top_k=2, router=SigmoidTopK(expert_bias_update_rate=RATE)),
             ),
         ),
     ),
@@ -31,7 +33,7 @@ run = Run(
     schedule=Constant(),
     steps=5,
     batch_tokens=128,
-    micro_batch=4,
+    micro_batch_size=4,
     precision="fp32",
     checkpoint=CheckpointPolicy(every_steps=5),
     logging=Logging(experts_every_steps=1),

@@ -26,4 +26,4 @@ def fetch(loader: Loader) -> Iterator[Batch]:
 if __name__ == "__main__":
     Loader.__iter__ = fetch  # type: ignore[method-assign]
     limits = Parallel(timeout_seconds=SECONDS, step_timeout_seconds=LIMIT_SECONDS)
-    main(replace(run, model=replace(run.model, vocab=300), parallel=limits))
+    main(replace(run, model=replace(run.model, vocab_size=300), parallel=limits))

@@ -10,21 +10,21 @@ from mosaic_dist.convert import write_model
 from mosaic_dist.model import GELU, MHA, Block, Learned, MoE, SigmoidTopK, Transformer, TransformerModel
 from tests.parallel.tiny import LENGTH
 
-EXPERTS = MoE(expert=GELU(width=32, bias=True), experts=4, router=SigmoidTopK(), shared_experts=1)
+EXPERTS = MoE(expert=GELU(hidden_dim=32, bias=True), experts=4, router=SigmoidTopK(), shared_experts=1)
 MODEL = Transformer(
-    vocab=64,
+    vocab_size=64,
     dim=32,
-    context=LENGTH,
+    max_seq_len=LENGTH,
     position=Learned(),
-    blocks=(
-        Block(attention=MHA(heads=4), ffn=GELU(width=48)),
+    layers=(
+        Block(attention=MHA(heads=4), ffn=GELU(hidden_dim=48)),
         Block(attention=MHA(heads=4, dropout=0.5), ffn=EXPERTS, dropout=0.5),
     ),
 )
 """Tied table, experts with biases, and a router whose correction is a buffer."""
 
 CALM = replace(
-    MODEL, blocks=(MODEL.blocks[0], replace(MODEL.blocks[1], dropout=0.0, attention=MHA(heads=4)))
+    MODEL, layers=(MODEL.layers[0], replace(MODEL.layers[1], dropout=0.0, attention=MHA(heads=4)))
 )  # the same function without dropout
 
 
@@ -51,4 +51,4 @@ def write(folder: Path, model: TransformerModel, spec: Transformer = MODEL, max_
 
 def asking(folder: Path | str, model: Transformer = CALM) -> SimpleNamespace:
     """The part of a run that says what it starts from."""
-    return SimpleNamespace(initial_model=str(folder), model=model)
+    return SimpleNamespace(init_from=str(folder), model=model)

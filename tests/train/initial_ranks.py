@@ -22,7 +22,7 @@ def first_losses(world: World, folder: str, model: Transformer, stage: int, degr
     weights = open_initial(asking(folder, model), INFO, Path("none"))
     verify_together(weights, world)
     engine = make_engine(world, stage, degree, model, lambda module: fill(module, weights))
-    inputs, targets = (tokens[my_part(world)] % model.vocab for tokens in batches()[0])
+    inputs, targets = (tokens[my_part(world)] % model.vocab_size for tokens in batches()[0])
     before = engine.evaluate([(inputs, targets, None)])
     return [before, engine.train_step(inputs, targets, LEARNING_RATE).loss]
 

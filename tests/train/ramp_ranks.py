@@ -22,7 +22,7 @@ from tests.parallel.equality_ranks import saved
 from tests.parallel.tiny import LENGTH, MICRO, OPTIMIZER
 
 STEPS, SAVED_STEP, VOCAB = 7, 3, 300
-MODEL = replace(tiny.MODEL, vocab=VOCAB)
+MODEL = replace(tiny.MODEL, vocab_size=VOCAB)
 RUN = Run(
     name="ramp",
     model=MODEL,
@@ -32,7 +32,7 @@ RUN = Run(
     steps=STEPS,
     batch_tokens=16 * LENGTH,
     batch_ramp=BatchRamp(start_tokens=4 * LENGTH, over_tokens=20 * LENGTH),
-    micro_batch=MICRO,
+    micro_batch_size=MICRO,
 )
 LAYOUTS: dict[str, dict[str, Any]] = {f"zero{stage}": {"stage": stage} for stage in range(4)} | {
     "offloaded": {"stage": 2, "offload_optimizer": {"device": "cpu"}}

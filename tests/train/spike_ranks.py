@@ -32,18 +32,18 @@ BAD = (8, 11, 13)
 ENDLESS = range(11, 100)
 LIMIT = 3
 
-expert = SwiGLU(width=16)
+expert = SwiGLU(hidden_dim=16)
 RUN = Run(
     name="spikes",
     model=Transformer(
-        vocab=VOCAB,
+        vocab_size=VOCAB,
         dim=16,
-        context=LENGTH,
-        blocks=(
+        max_seq_len=LENGTH,
+        layers=(
             Block(attention=MHA(heads=2), ffn=expert),
             Block(
                 attention=MHA(heads=2),
-                ffn=MoE(expert=expert, experts=4, top_k=2, router=SigmoidTopK(correction_rate=0.01)),
+                ffn=MoE(expert=expert, experts=4, top_k=2, router=SigmoidTopK(expert_bias_update_rate=0.01)),
             ),
         ),
     ),
@@ -52,7 +52,7 @@ RUN = Run(
     schedule=Constant(),
     steps=STEPS,
     batch_tokens=BATCH * LENGTH,
-    micro_batch=2,
+    micro_batch_size=2,
     precision="fp32",
     spikes=Spikes(action="rewind", deviations=2.0, window_steps=4, limit=LIMIT),
     checkpoint=CheckpointPolicy(every_steps=SAVED),

@@ -23,7 +23,7 @@ from tests.end_to_end.conftest import python
 from tests.launch import check, run_ranks
 from tests.train.expert_run import RANKS, RATE, run
 
-LAYERS = {"blocks.1": 4, "blocks.2": 8}
+LAYERS = {"layers.1": 4, "layers.2": 8}
 
 
 @pytest.fixture(scope="module")
@@ -88,15 +88,15 @@ def test_the_first_step_is_what_one_counts_by_hand(folders):
     assert first["drop_rate"] > 0 == second["drop_rate"]
     even = sum(second["load"]) / 8
     moves = [RATE * ((count < even) - (count > even)) for count in second["load"]]
-    assert second["correction"] == pytest.approx([min(moves), max(moves)])
-    assert "correction" not in first
+    assert second["expert_bias"] == pytest.approx([min(moves), max(moves)])
+    assert "expert_bias" not in first
     assert told["expert_max_over_mean"] == max(first["max_over_mean"], second["max_over_mean"])
 
 
 def test_a_run_that_goes_on_appends_and_draws_again(folders):
     records = read_metrics(folders[1] / "metrics.jsonl")
     assert [record["step"] for record in records if "experts" in record] == [1, 2, 3, 4, 5]
-    corrections = [record["experts"]["blocks.2"]["correction"] for record in records]
+    corrections = [record["experts"]["layers.2"]["expert_bias"] for record in records]
     assert corrections[1][1] <= corrections[2][1] + RATE + 1e-7  # the buffer went on, too
     assert max(high for _, high in corrections) > 1.5 * RATE
     picture = (folders[1] / "experts.png").read_bytes()
@@ -130,10 +130,10 @@ def take_steps(tmp_path: Path, steps: range, validated: int = 0, **logging: int)
     """Let the hooks see `steps`, as a start of a run; one of them is validated."""
     experiment = override(run, {f"logging.{name}": value for name, value in logging.items()})
     listener, model = Listener(), experiment.model.build()
-    model.blocks[2].ffn.router.correction += torch.arange(8) / 8
+    model.layers[2].ffn.router.expert_bias += torch.arange(8) / 8
     trainer = SimpleNamespace(
         run=experiment,
-        engine=SimpleNamespace(mixtures=[model.blocks[1].ffn, model.blocks[2].ffn]),
+        engine=SimpleNamespace(mixtures=[model.layers[1].ffn, model.layers[2].ffn]),
         learning_rate=1e-2, step_seconds=1.0, data_seconds=0.0, validation_exact_match=None,
         validation_losses={}, save_told={}, loader=SimpleNamespace(epochs={"": 0.5}),
     )  # fmt: skip
@@ -151,7 +151,7 @@ def take_steps(tmp_path: Path, steps: range, validated: int = 0, **logging: int)
         trainer.is_due = lambda every, step=step: every > 0 and (step % every == 0 or step == steps[-1])
         trainer.validation_loss = 2.0 if step == validated else None
         for hook in hooks:
-            hook.after_step(trainer, result)
+            hook.post_step(trainer, result)
     return listener
 
 
@@ -185,22 +185,22 @@ def test_the_interval_of_a_run_that_goes_on(tmp_path):
 
 def test_trackers_get_flat_names_and_the_loads_apart(tmp_path):
     values, loads = take_steps(tmp_path, range(1, 2)).told[1]
-    assert loads == {"experts/blocks.1/load": [9, 0, 3, 4], "experts/blocks.2/load": [4, 4, 4, 4, 4, 4, 8, 0]}
+    assert loads == {"experts/layers.1/load": [9, 0, 3, 4], "experts/layers.2/load": [4, 4, 4, 4, 4, 4, 8, 0]}
     assert {name: value for name, value in values.items() if name.startswith("experts/")} == {
-        "experts/blocks.1/max_over_mean": 9 / 4,
-        "experts/blocks.1/dead": 1 / 4,
-        "experts/blocks.1/balance": 1.5,
-        "experts/blocks.1/z": 9.0,
-        "experts/blocks.1/entropy": 0.5,
-        "experts/blocks.1/drop_rate": 0.25,
-        "experts/blocks.2/max_over_mean": 2.0,
-        "experts/blocks.2/dead": 1 / 8,
-        "experts/blocks.2/balance": 1.0,
-        "experts/blocks.2/z": 4.0,
-        "experts/blocks.2/entropy": 2.0,
-        "experts/blocks.2/drop_rate": 0.0,
-        "experts/blocks.2/correction_min": 0.0,
-        "experts/blocks.2/correction_max": 7 / 8,
+        "experts/layers.1/max_over_mean": 9 / 4,
+        "experts/layers.1/dead": 1 / 4,
+        "experts/layers.1/balance": 1.5,
+        "experts/layers.1/z": 9.0,
+        "experts/layers.1/entropy": 0.5,
+        "experts/layers.1/drop_rate": 0.25,
+        "experts/layers.2/max_over_mean": 2.0,
+        "experts/layers.2/dead": 1 / 8,
+        "experts/layers.2/balance": 1.0,
+        "experts/layers.2/z": 4.0,
+        "experts/layers.2/entropy": 2.0,
+        "experts/layers.2/drop_rate": 0.0,
+        "experts/layers.2/expert_bias_min": 0.0,
+        "experts/layers.2/expert_bias_max": 7 / 8,
     }
     assert values["expert_max_over_mean"] == 9 / 4
     assert values["loss"] == 2.0
@@ -208,10 +208,10 @@ def test_trackers_get_flat_names_and_the_loads_apart(tmp_path):
 
 
 def test_a_model_without_experts_tells_nothing_of_them(tmp_path):
-    dense = replace(run.model, blocks=run.model.blocks[:1])
+    dense = replace(run.model, layers=run.model.layers[:1])
     assert loads_by_layer(dense, torch.zeros(0, 0, dtype=torch.int64)) == {}
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 2.0}) + "\n")
-    Plots(RunFolder(tmp_path)).after_step(SimpleNamespace(is_ending=True, run=run), None)
+    Plots(RunFolder(tmp_path)).post_step(SimpleNamespace(is_ending=True, run=run), None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl"]
 
 
@@ -230,7 +230,7 @@ def history_of(records: int, layers: int = 2) -> ExpertHistory:
     for i in range(records):
         figures = {"max_over_mean": 2.0, "dead": 0.25, "entropy": 1.0, "drop_rate": 0.0, "balance": 1.0, "z": i % 2}
         loads = [[5, 5, i, 10], *([[6, 2]] * (layers - 1))]
-        history.add(10 * (i + 1), {f"blocks.{n}": figures | {"load": load} for n, load in enumerate(loads)})
+        history.add(10 * (i + 1), {f"layers.{n}": figures | {"load": load} for n, load in enumerate(loads)})
         history.add(10 * (i + 1) + 5, {})
     return history
 
@@ -251,8 +251,8 @@ def test_the_picture_shows_the_figures(monkeypatch, records, layers):
     black = heat.get_images()[1].get_array().mask.tolist()
     assert [e for e, hidden in enumerate(black[0]) if not hidden] == ([2] if records == 1 else [])
     assert all(map(all, black[1:]))
-    assert [label.get_text() for label in heat.get_yticklabels()] == [f"blocks.{n}" for n in range(layers)]
-    assert "correction, lowest and highest" not in axes  # none of the layers has one
+    assert [label.get_text() for label in heat.get_yticklabels()] == [f"layers.{n}" for n in range(layers)]
+    assert "expert bias, lowest and highest" not in axes  # none of the layers has one
     for panel in PANELS.keys() & axes.keys():
         assert len(axes[panel].lines) == layers, panel
     entropy = axes["router entropy / ln E"].lines

@@ -62,7 +62,7 @@ def test_a_rank_reads_what_it_holds_and_no_more(folder):
         weights.tensors = lambda stored=stored, rows=rows: ((n, Seen(t, rows, n)) for n, t in stored())
         got = tensors(filled(weights, CALM, 2, rank))
         assert got.keys() == right.keys() == rows.keys()
-        assert "blocks.1.ffn.router.correction" in got
+        assert "layers.1.ffn.router.expert_bias" in got
         for name, tensor in got.items():
             of_experts = ".experts." in name
             expected = right[name][2 * rank : 2 * rank + 2] if of_experts else right[name]
@@ -115,7 +115,7 @@ def test_a_hugging_face_folder(name, tmp_path):
     torch.set_num_threads(1)
     twin = make_twin(name)
     twin.save_pretrained(tmp_path)
-    spec = override(spec_from_config(twin.config.to_dict()), {"blocks.dropout": 0.3})
+    spec = override(spec_from_config(twin.config.to_dict()), {"layers.dropout": 0.3})
     with torch.no_grad():
         model = filled(open_initial(asking(tmp_path, spec), INFO, NO_CHECKPOINTS), spec, 1, 0).eval()
         right = twin(tokens()).logits
@@ -126,7 +126,7 @@ def test_a_hugging_face_folder(name, tmp_path):
 
 
 def test_what_the_training_alone_decides_may_differ(folder):
-    other = replace(override(CALM, {"blocks[1].ffn.balance_weight": 0.5}), init=Init(std=0.5))
+    other = replace(override(CALM, {"layers[1].ffn.aux_loss_coef": 0.5}), init=Init(std=0.5))
     assert open_initial(asking(folder, other), INFO, NO_CHECKPOINTS).model == MODEL
 
 
@@ -147,9 +147,12 @@ def test_no_folder_or_a_checkpoint_means_no_starting_weights(tmp_path):
     ("changes", "says"),
     [
         ({"dim": 64}, ["model.dim: 32 there, 64 here"]),
-        ({"blocks[1].ffn.experts": 8}, ["model.blocks[1].ffn.experts: 4 there, 8 here"]),
-        ({"norm.eps": 1e-6, "blocks[0].ffn.width": 64}, ["norm.eps: 1e-05 there", "ffn.width: 48 there, 64 here"]),
-        ({"context": 48}, ["model.position.weight: (24, 32) there, (48, 32) here"]),
+        ({"layers[1].ffn.experts": 8}, ["model.layers[1].ffn.experts: 4 there, 8 here"]),
+        (
+            {"norm.eps": 1e-6, "layers[0].ffn.hidden_dim": 64},
+            ["norm.eps: 1e-05 there", "ffn.hidden_dim: 48 there, 64 here"],
+        ),
+        ({"max_seq_len": 48}, ["model.position.weight: (24, 32) there, (48, 32) here"]),
         ({"head": "linear"}, ["model.head: 'tied' there, 'linear' here"]),
     ],
 )
@@ -160,10 +163,10 @@ def test_another_model_is_refused_with_all_differences(folder, changes, says):
 
 
 def test_fewer_layers_are_another_model(tmp_path):
-    dense = replace(CALM, blocks=2 * CALM.blocks[:1])
+    dense = replace(CALM, layers=2 * CALM.layers[:1])
     write(tmp_path / "model", dense.build_initialized(0), dense)
-    with pytest.raises(UserError, match=r"model\.blocks: '2 layers' there, '3 layers' here"):
-        open_initial(asking(tmp_path / "model", replace(CALM, blocks=3 * CALM.blocks[:1])), INFO, NO_CHECKPOINTS)
+    with pytest.raises(UserError, match=r"model\.layers: '2 layers' there, '3 layers' here"):
+        open_initial(asking(tmp_path / "model", replace(CALM, layers=3 * CALM.layers[:1])), INFO, NO_CHECKPOINTS)
 
 
 def broken(folder: Path, copy: Path, harm: str) -> None:

@@ -65,7 +65,7 @@ def plain_loop(data: Path, samples: tuple[tuple[int, ...], ...]) -> tuple[list[l
             (parts.cross_entropy_sum / (len(numbers) * LENGTH) + parts.auxiliary / micro_batches).backward()
             cross_entropy += parts.cross_entropy_sum.item() / (len(numbers) * LENGTH)
             auxiliary += parts.auxiliary.item() / micro_batches
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip_norm).item()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.max_grad_norm).item()
         optimizer.step()
         optimizer.zero_grad()
         results.append([cross_entropy, auxiliary, norm])

@@ -25,7 +25,7 @@ def sums(tmp_path_factory):
 
 
 def train(data, folder, *more: str):
-    words = ("--data", data, "--output", folder, "--micro_batch", "8", "--logging.trackers", "[wandb]", *more)
+    words = ("--data", data, "--output", folder, "--micro_batch_size", "8", "--logging.trackers", "[wandb]", *more)
     started = time.monotonic()
     done = command(sys.executable, "-m", "tests.train.expert_run", *words)
     assert done.returncode == 0, done.stdout[-3000:]

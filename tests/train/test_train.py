@@ -89,7 +89,7 @@ def test_validation_keeps_the_best_and_stops_what_gains_nothing():
     validation, seen = Validation(held_out, held_out), []
     while not trainer.is_ending:
         trainer.progress.step += 250
-        validation.after_step(trainer, None)
+        validation.post_step(trainer, None)
         seen.append(trainer.validation_loss)
         assert trainer.validation_exact_match == (None if seen[-1] is None else 0.25)
     assert seen == [None, 3.0, None, 2.0, None, 2.5, None, 2.25]
@@ -103,7 +103,7 @@ def test_each_batch_of_a_validation_is_a_part_of_the_step():
     judge = SimpleNamespace(evaluate=lambda batches: float(len(list(batches))))
     trainer = Trainer(override(run, {"validate_every_steps": 500}), judge, None, Progress(step=500), until_step=20_000)
     trainer.entered = lambda step, part: told.append((step, part))
-    Validation([HeldOutStream("", 1.0, Rows(3 * [row]))]).after_step(trainer, None)
+    Validation([HeldOutStream("", 1.0, Rows(3 * [row]))]).post_step(trainer, None)
     assert trainer.validation_loss == 3.0
     assert told == 3 * [(500, "Validation")]
 
@@ -134,16 +134,16 @@ def result(loss: float, skipped: bool, rejected: bool = False) -> SimpleNamespac
 
 def test_the_guard_follows_its_policy():
     with pytest.raises(UserError, match=r"step 7: loss nan.*not finite.*sample 70"):
-        NonfiniteGuard("stop").after_step(fake_trainer(False), result(math.nan, True))
+        NonfiniteGuard("stop").post_step(fake_trainer(False), result(math.nan, True))
     with pytest.raises(UserError, match="gradient norm inf"):
-        NonfiniteGuard("stop").after_step(fake_trainer(False), result(2.0, True))
-    NonfiniteGuard("stop").after_step(fake_trainer(True), result(2.0, True))  # fp16 seeks its loss scale
-    NonfiniteGuard("stop").after_step(fake_trainer(False), result(2.0, True, rejected=True))  # a spike
+        NonfiniteGuard("stop").post_step(fake_trainer(False), result(2.0, True))
+    NonfiniteGuard("stop").post_step(fake_trainer(True), result(2.0, True))  # fp16 seeks its loss scale
+    NonfiniteGuard("stop").post_step(fake_trainer(False), result(2.0, True, rejected=True))  # a spike
     patient = NonfiniteGuard("skip")
     for _ in range(MAX_SKIPS_IN_A_ROW - 1):
-        patient.after_step(fake_trainer(False), result(math.nan, True))
+        patient.post_step(fake_trainer(False), result(math.nan, True))
     with pytest.raises(UserError, match=f"{MAX_SKIPS_IN_A_ROW} times in a row"):
-        patient.after_step(fake_trainer(False), result(math.nan, True))
+        patient.post_step(fake_trainer(False), result(math.nan, True))
 
 
 def test_a_run_goes_to_yaml_and_back():
@@ -151,16 +151,16 @@ def test_a_run_goes_to_yaml_and_back():
 
 
 def test_what_belongs_to_the_cluster_may_change():
-    moved = override(run, {"micro_batch": 2, "parallel.expert_parallel": 4, "data.path": "x", "precision": "fp32"})
+    moved = override(run, {"micro_batch_size": 2, "parallel.expert_parallel": 4, "data.path": "x", "precision": "fp32"})
     assert list(differences(run, moved)) == []
-    mended = override(run, {"nonfinite": "skip", "spikes.action": "rewind", "spikes.limit": 20})
+    mended = override(run, {"on_nonfinite_loss": "skip", "spikes.action": "rewind", "spikes.limit": 20})
     assert list(differences(run, mended)) == []
-    other = override(run, {"optimizer.learning_rate": 1.0, "model.blocks[1].ffn.top_k": 1, "initial_model": "m"})
+    other = override(run, {"optimizer.learning_rate": 1.0, "model.layers[1].ffn.top_k": 1, "init_from": "m"})
     found = list(differences(run, other))
     assert "optimizer.learning_rate: 0.001 there, 1.0 here" in found
-    assert "initial_model: '' there, 'm' here" in found
-    deeper = replace(run, model=replace(run.model, blocks=2 * run.model.blocks))
-    assert "model.blocks: '4 layers' there, '8 layers' here" in list(differences(run, deeper))
+    assert "init_from: '' there, 'm' here" in found
+    deeper = replace(run, model=replace(run.model, layers=2 * run.model.layers))
+    assert "model.layers: '4 layers' there, '8 layers' here" in list(differences(run, deeper))
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_what_belongs_to_the_cluster_may_change():
         ({"batch_tokens": 100}, "batch_tokens"),
         ({"data.seq_len": 1024}, "data.seq_len"),
         ({"steps": 100}, "schedule.warmup_steps"),
-        ({"nonfinite": "ignore"}, "nonfinite"),
+        ({"on_nonfinite_loss": "ignore"}, "on_nonfinite_loss"),
         ({"spikes.action": "stop"}, "spikes.action"),
         ({"spikes.window_steps": 3}, "spikes.window_steps"),
         ({"spikes.action": "skip", "spikes.window_steps": 50_000}, "spikes.window_steps"),
@@ -186,7 +186,7 @@ def test_runs_that_cannot_be(changes, path):
 
 
 def test_batches_are_dealt_out_evenly_or_refused():
-    assert run.accumulation(2) * 2 * run.micro_batch * run.seq_len == run.batch_tokens
+    assert run.accumulation(2) * 2 * run.micro_batch_size * run.seq_len == run.batch_tokens
     with pytest.raises(SpecError, match="3 ranks take micro-batches of 8"):
         run.accumulation(3)
 
@@ -194,5 +194,5 @@ def test_batches_are_dealt_out_evenly_or_refused():
 def test_the_first_step_tells_what_it_took(capsys):
     hook, trainer = FirstStep(), SimpleNamespace(step_seconds=41.6)
     for _ in range(2):
-        hook.after_step(trainer, None)
+        hook.post_step(trainer, None)
     assert capsys.readouterr().err == "blocks are compiled: the first step took 42 s\n"

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from mosaic_dist.parallel import join_world, leave_world
-from mosaic_dist.train.watch import Watch
+from mosaic_dist.train.watchdog import Watchdog
 
 SECONDS = 300
 HANGS = {
@@ -31,7 +31,7 @@ def fetch(step: int) -> None:
 
 if __name__ == "__main__":
     world = join_world(SECONDS)
-    watch = Watch(world, float(sys.argv[2]), Path(sys.argv[3]))
+    watch = Watchdog(world, float(sys.argv[2]), Path(sys.argv[3]))
     for step in range(1, 6):
         watch.enter(step, "data")
         fetch(step)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from mosaic_dist.convert.hugging_face import deepseek_v3, gpt2, gpt_oss, llama, mixtral, qwen3_moe, standalone
+from mosaic_dist.convert.hugging_face.canonical_form import Misfit, canonical_form, first_difference
 from mosaic_dist.convert.hugging_face.rules import Rule, to_ours, to_theirs
 from mosaic_dist.convert.hugging_face.settings import NOTHING_KNOWN, Known, Settings
-from mosaic_dist.convert.hugging_face.twin import Misfit, canonical, first_difference
 from mosaic_dist.convert.native import expected_shapes
 from mosaic_dist.errors import UserError
 from mosaic_dist.model import Tied, Transformer
@@ -70,7 +70,7 @@ def config_from_spec(spec: Transformer) -> dict[str, Any]:
     An architecture fits when the model that its config.json describes is this one.
     """
     reasons = []
-    plain = canonical(spec)
+    plain = canonical_form(spec)
     for model_type, architecture in ARCHITECTURES.items():
         try:
             written = {
@@ -78,7 +78,7 @@ def config_from_spec(spec: Transformer) -> dict[str, Any]:
                 "architectures": [architecture.class_name],
                 **architecture.write(plain),
             }
-            difference = first_difference(plain.to_dict(), canonical(spec_from_config(written)).to_dict())
+            difference = first_difference(plain.to_dict(), canonical_form(spec_from_config(written)).to_dict())
             if difference is None:
                 return written
             reasons.append(f"{model_type}: {difference}")

@@ -4,9 +4,9 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from mosaic_dist.convert.hugging_face.canonical_form import Misfit, need
 from mosaic_dist.convert.hugging_face.rules import STACKED, Rule, same
 from mosaic_dist.convert.hugging_face.settings import Known, Settings
-from mosaic_dist.convert.hugging_face.twin import Misfit, need
 from mosaic_dist.errors import UserError
 from mosaic_dist.model import (
     GQA,
@@ -39,9 +39,9 @@ def read_frame(settings: Settings) -> dict[str, Any]:
     """Fields of `Transformer` around the blocks, without the position."""
     settings.expect("hidden_act", "silu", "swish")
     return {
-        "vocab": settings.take("vocab_size"),
+        "vocab_size": settings.take("vocab_size"),
         "dim": settings.take("hidden_size"),
-        "context": settings.take("max_position_embeddings"),
+        "max_seq_len": settings.take("max_position_embeddings"),
         "norm": RMSNorm(eps=settings.take("rms_norm_eps")),
         "head": Tied() if settings.take("tie_word_embeddings") else Untied(),
     }
@@ -50,10 +50,10 @@ def read_frame(settings: Settings) -> dict[str, Any]:
 def write_frame(spec: Transformer) -> dict[str, Any]:
     """The inverse."""
     return {
-        "vocab_size": spec.vocab,
+        "vocab_size": spec.vocab_size,
         "hidden_size": spec.dim,
-        "max_position_embeddings": spec.context,
-        "num_hidden_layers": len(spec.blocks),
+        "max_position_embeddings": spec.max_seq_len,
+        "num_hidden_layers": len(spec.layers),
         "rms_norm_eps": need(spec.norm, RMSNorm, "norm").eps,
         "tie_word_embeddings": isinstance(spec.head, Tied),
         "hidden_act": "silu",
@@ -64,7 +64,7 @@ def read_attention(settings: Settings, **more: Any) -> GQA:
     """Heads of the usual names. `more` are further fields."""
     heads = settings.count("num_attention_heads")
     width = settings.take("head_dim") or settings.count("hidden_size") // heads
-    return GQA(heads=heads, kv_heads=settings.take("num_key_value_heads") or heads, head_width=width, **more)
+    return GQA(heads=heads, kv_heads=settings.take("num_key_value_heads") or heads, head_dim=width, **more)
 
 
 def write_attention(attention: GQA) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def write_attention(attention: GQA) -> dict[str, Any]:
     return {
         "num_attention_heads": attention.heads,
         "num_key_value_heads": attention.kv_heads,
-        "head_dim": attention.head_width,
+        "head_dim": attention.head_dim,
     }
 
 
@@ -131,24 +131,24 @@ def _typed(values: dict[str, Any] | None, where: str) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key != "type"} | {"rope_type": kinds[0]}
 
 
-def read_rope(rope: Settings, context: int, kind: type[RoPE] = RoPE, **more: Any) -> RoPE:
-    """The position that `rope_settings` describe, of a model for `context` tokens."""
+def read_rope(rope: Settings, max_seq_len: int, kind: type[RoPE] = RoPE, **more: Any) -> RoPE:
+    """The position that `rope_settings` describe, of a model for `max_seq_len` tokens."""
     name = str(rope.take("rope_type"))
     if name not in READERS:
         raise UserError(f"{rope.where}: type {name!r} cannot be represented here; only {', '.join(READERS)}")
-    position = kind(base=rope.take("rope_theta"), scaling=READERS[name](rope, context), **more)
+    position = kind(theta=rope.take("rope_theta"), scaling=READERS[name](rope, max_seq_len), **more)
     rope.finish()
     return position
 
 
-def _read_yarn(settings: Settings, context: int) -> YaRN:
+def _read_yarn(settings: Settings, max_seq_len: int) -> YaRN:
     factor, magnitude = settings.number("factor"), settings.take("attention_factor")
     mscale, mscale_all_dim = settings.number("mscale"), settings.number("mscale_all_dim")
     if magnitude is None and mscale and mscale_all_dim:
         magnitude = yarn_magnitude(factor, mscale) / yarn_magnitude(factor, mscale_all_dim)
     return YaRN(
         factor=factor,
-        original_context=settings.take("original_max_position_embeddings") or context,
+        original_max_seq_len=settings.take("original_max_position_embeddings") or max_seq_len,
         beta_fast=settings.take("beta_fast") or 32.0,
         beta_slow=settings.take("beta_slow") or 1.0,
         truncate=settings.take("truncate"),
@@ -161,18 +161,18 @@ def yarn_magnitude(factor: float, mscale: float) -> float:
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def _read_llama3(settings: Settings, context: int) -> Llama3Scaling:
+def _read_llama3(settings: Settings, max_seq_len: int) -> Llama3Scaling:
     return Llama3Scaling(
         factor=settings.take("factor"),
-        original_context=settings.take("original_max_position_embeddings") or context,
+        original_max_seq_len=settings.take("original_max_position_embeddings") or max_seq_len,
         low_frequency_factor=settings.take("low_freq_factor"),
         high_frequency_factor=settings.take("high_freq_factor"),
     )
 
 
 READERS = {
-    "default": lambda settings, context: None,
-    "linear": lambda settings, context: LinearScaling(factor=settings.take("factor")),
+    "default": lambda settings, max_seq_len: None,
+    "linear": lambda settings, max_seq_len: LinearScaling(factor=settings.take("factor")),
     "yarn": _read_yarn,
     "llama3": _read_llama3,
 }
@@ -183,9 +183,9 @@ def write_rope(position: Position, **more: Any) -> dict[str, Any]:
     rope = need(position, RoPE, "position")
     scaling = None if rope.scaling is None else _write_scaling(rope.scaling) | more
     return {
-        "rope_theta": rope.base,
+        "rope_theta": rope.theta,
         "rope_scaling": scaling,
-        "rope_parameters": {"rope_theta": rope.base, **(scaling or {"rope_type": "default"})},
+        "rope_parameters": {"rope_theta": rope.theta, **(scaling or {"rope_type": "default"})},
     }
 
 
@@ -193,7 +193,7 @@ def _write_scaling(scaling: Scaling) -> dict[str, Any]:
     written: dict[str, Any] = {"rope_type": scaling.type_name, "factor": scaling.factor}
     if isinstance(scaling, YaRN):
         written |= {
-            "original_max_position_embeddings": scaling.original_context,
+            "original_max_position_embeddings": scaling.original_max_seq_len,
             "beta_fast": scaling.beta_fast,
             "beta_slow": scaling.beta_slow,
             "truncate": scaling.truncate,
@@ -202,7 +202,7 @@ def _write_scaling(scaling: Scaling) -> dict[str, Any]:
             written["attention_factor"] = scaling.attention_factor
     elif isinstance(scaling, Llama3Scaling):
         written |= {
-            "original_max_position_embeddings": scaling.original_context,
+            "original_max_position_embeddings": scaling.original_max_seq_len,
             "low_freq_factor": scaling.low_frequency_factor,
             "high_freq_factor": scaling.high_frequency_factor,
         }
@@ -220,9 +220,9 @@ def frame_rules(spec: Transformer) -> Iterator[Rule]:
     yield same("norm.weight", "model.norm.weight")
     if isinstance(spec.head, Untied):
         yield same("head.weight", "lm_head.weight")
-    for i in range(len(spec.blocks)):
-        yield same(f"blocks.{i}.attention_norm.weight", f"model.layers.{i}.input_layernorm.weight")
-        yield same(f"blocks.{i}.ffn_norm.weight", f"model.layers.{i}.post_attention_layernorm.weight")
+    for i in range(len(spec.layers)):
+        yield same(f"layers.{i}.attention_norm.weight", f"model.layers.{i}.input_layernorm.weight")
+        yield same(f"layers.{i}.ffn_norm.weight", f"model.layers.{i}.post_attention_layernorm.weight")
 
 
 def attention_rules(attention: GQA, ours: str, theirs: str) -> Iterator[Rule]:
@@ -235,7 +235,7 @@ def attention_rules(attention: GQA, ours: str, theirs: str) -> Iterator[Rule]:
     if attention.qk_norm:
         yield same(f"{ours}.query_norm.weight", f"{theirs}.q_norm.weight")
         yield same(f"{ours}.key_norm.weight", f"{theirs}.k_norm.weight")
-    if attention.sinks:
+    if attention.attention_sinks:
         yield same(f"{ours}.sinks", f"{theirs}.sinks")
 
 

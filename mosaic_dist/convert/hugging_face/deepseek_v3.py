@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from mosaic_dist.convert.hugging_face import common
+from mosaic_dist.convert.hugging_face.canonical_form import canonical_form, moe_layers, need
 from mosaic_dist.convert.hugging_face.rules import AS_IS, Layout, Rule, neighbour_pairs, same
 from mosaic_dist.convert.hugging_face.settings import Known, Settings
-from mosaic_dist.convert.hugging_face.twin import canonical, mixtures, need
 from mosaic_dist.model import MLA, Block, DecoupledRoPE, MoE, SigmoidTopK, SwiGLU, Transformer, YaRN
 
 KNOWN = Known(
@@ -60,33 +60,33 @@ def read(settings: Settings) -> Transformer:
         heads=heads,
         kv_compression_dim=settings.take("kv_lora_rank"),
         q_compression_dim=settings.take("q_lora_rank"),
-        head_width=plain,
-        value_width=settings.take("v_head_dim"),
-        score_scale=_score_scale(rope),
+        head_dim=plain,
+        v_head_dim=settings.take("v_head_dim"),
+        softmax_scale=_score_scale(rope),
     )
     sparse = Block(attention=attention, ffn=_read_mixture(settings))
-    dense = Block(attention=attention, ffn=SwiGLU(width=settings.take("intermediate_size")))
+    dense = Block(attention=attention, ffn=SwiGLU(hidden_dim=settings.take("intermediate_size")))
     layers = settings.count("num_hidden_layers")
     dense_layers = min(int(settings.number("first_k_dense_replace")), layers)
     blocks = dense_layers * (dense,) + (layers - dense_layers) * (sparse,)
     frame = common.read_frame(settings)
-    position = common.read_rope(rope, frame["context"], DecoupledRoPE, width=rotary)
-    return Transformer(position=position, blocks=blocks, **frame)
+    position = common.read_rope(rope, frame["max_seq_len"], DecoupledRoPE, rope_head_dim=rotary)
+    return Transformer(position=position, layers=blocks, **frame)
 
 
 def _read_mixture(settings: Settings) -> MoE:
     return MoE(
-        expert=SwiGLU(width=settings.take("moe_intermediate_size")),
+        expert=SwiGLU(hidden_dim=settings.take("moe_intermediate_size")),
         experts=settings.take("n_routed_experts"),
         top_k=settings.take("num_experts_per_tok"),
         shared_experts=settings.take("n_shared_experts"),
         router=SigmoidTopK(
             normalize=settings.take("norm_topk_prob"),
             scale=settings.take("routed_scaling_factor"),
-            groups=settings.take("n_group"),
-            top_groups=settings.take("topk_group"),
+            num_groups=settings.take("n_group"),
+            topk_groups=settings.take("topk_group"),
         ),
-        balance_weight=0.0,  # the correction balances
+        aux_loss_coef=0.0,  # the expert bias balances
     )
 
 
@@ -100,14 +100,14 @@ def _score_scale(rope: Settings) -> float:
 
 def write(spec: Transformer) -> dict[str, Any]:
     """Canonical spec -> config.json."""
-    attention = need(spec.blocks[0].attention, MLA, "blocks[0].attention")
+    attention = need(spec.layers[0].attention, MLA, "layers[0].attention")
     position = need(spec.position, DecoupledRoPE, "position")
-    dense = [block.ffn for block in spec.blocks if not isinstance(block.ffn, MoE)]
-    mixture = mixtures(spec)[0]
-    router = need(mixture.router, SigmoidTopK, f"blocks[{len(dense)}].ffn.router")
+    dense = [block.ffn for block in spec.layers if not isinstance(block.ffn, MoE)]
+    mixture = moe_layers(spec)[0]
+    router = need(mixture.router, SigmoidTopK, f"layers[{len(dense)}].ffn.router")
     sharpened: dict[str, float] = {}
-    if attention.score_scale != 1.0 and isinstance(position.scaling, YaRN):
-        mscale = (math.sqrt(attention.score_scale) - 1) / (0.1 * math.log(position.scaling.factor))
+    if attention.softmax_scale != 1.0 and isinstance(position.scaling, YaRN):
+        mscale = (math.sqrt(attention.softmax_scale) - 1) / (0.1 * math.log(position.scaling.factor))
         sharpened = {"mscale_all_dim": round(mscale, 12)}
     return {
         **common.write_frame(spec),
@@ -117,19 +117,19 @@ def write(spec: Transformer) -> dict[str, Any]:
         "num_key_value_heads": attention.heads,
         "kv_lora_rank": attention.kv_compression_dim,
         "q_lora_rank": attention.q_compression_dim,
-        "qk_nope_head_dim": attention.head_width,
-        "qk_rope_head_dim": position.width,
-        "v_head_dim": attention.value_width,
+        "qk_nope_head_dim": attention.head_dim,
+        "qk_rope_head_dim": position.rope_head_dim,
+        "v_head_dim": attention.v_head_dim,
         "first_k_dense_replace": len(dense),
-        "intermediate_size": need(dense[0], SwiGLU, "blocks[0].ffn").width if dense else 4 * spec.dim,
-        "moe_intermediate_size": mixture.expert.width,
+        "intermediate_size": need(dense[0], SwiGLU, "layers[0].ffn").hidden_dim if dense else 4 * spec.dim,
+        "moe_intermediate_size": mixture.expert.hidden_dim,
         "n_routed_experts": mixture.experts,
         "n_shared_experts": mixture.shared_experts,
         "num_experts_per_tok": mixture.top_k,
         "norm_topk_prob": router.normalize,
         "routed_scaling_factor": router.scale,
-        "n_group": router.groups,
-        "topk_group": router.top_groups,
+        "n_group": router.num_groups,
+        "topk_group": router.topk_groups,
         "num_nextn_predict_layers": 0,  # 1 is the class's default in transformers 5
     }
 
@@ -144,10 +144,10 @@ def is_prediction_layer(name: str, config: dict[str, Any]) -> bool:
 def rules(spec: Transformer, config: dict[str, Any]) -> Iterator[Rule]:
     """Tensors."""
     yield from common.frame_rules(spec)
-    rotary = need(spec.position, DecoupledRoPE, "position").width
+    rotary = need(spec.position, DecoupledRoPE, "position").rope_head_dim
     interleaved = config.get("rope_interleave", True)
-    for i, block in enumerate(canonical(spec).blocks):
-        ours, theirs = f"blocks.{i}", f"model.layers.{i}"
+    for i, block in enumerate(canonical_form(spec).layers):
+        ours, theirs = f"layers.{i}", f"model.layers.{i}"
         attention = need(block.attention, MLA, "attention")
         yield from _attention_rules(attention, f"{ours}.attention", f"{theirs}.self_attn", rotary, interleaved)
         if isinstance(block.ffn, MoE):
@@ -160,7 +160,7 @@ def _attention_rules(attention: MLA, ours: str, theirs: str, rotary: int, interl
     def order(heads: int, plain: int | None) -> Layout:
         return neighbour_pairs(heads, plain or 0, rotary) if interleaved else AS_IS
 
-    query = order(attention.heads, attention.head_width)
+    query = order(attention.heads, attention.head_dim)
     if attention.q_compression_dim is None:
         yield same(f"{ours}.query.weight", f"{theirs}.q_proj.weight", query)
     else:
@@ -176,7 +176,7 @@ def _attention_rules(attention: MLA, ours: str, theirs: str, rotary: int, interl
 
 def _mixture_rules(mixture: MoE, ours: str, theirs: str) -> Iterator[Rule]:
     yield same(f"{ours}.router.weight", f"{theirs}.gate.weight")
-    yield same(f"{ours}.router.correction", f"{theirs}.gate.e_score_correction_bias")
+    yield same(f"{ours}.router.expert_bias", f"{theirs}.gate.e_score_correction_bias")
     yield from common.expert_rules(mixture.experts, f"{ours}.experts", f"{theirs}.experts")
     if mixture.shared_experts:
         shared = need(mixture.expert, SwiGLU, "expert")

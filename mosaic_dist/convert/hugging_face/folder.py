@@ -99,8 +99,10 @@ def export_folder(
     if dtype not in DTYPES:
         raise UserError(f"no dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
     words = None if tokenizer is None else Tokenizer.load(tokenizer)
-    if words is not None and words.vocab_size > spec.vocab:
-        raise UserError(f"{tokenizer} has {words.vocab_size} tokens, more than the model's vocabulary ({spec.vocab})")
+    if words is not None and words.vocab_size > spec.vocab_size:
+        raise UserError(
+            f"{tokenizer} has {words.vocab_size} tokens, more than the model's vocabulary ({spec.vocab_size})"
+        )
     config = config_for(spec) | _special_tokens(words) | {"torch_dtype": DTYPE_NAMES[dtype]}
     code = source_code(spec) if config["model_type"] == MODEL_TYPE else None
     cast = parameter_cast(spec, DTYPES[dtype])
@@ -115,7 +117,7 @@ def export_folder(
     if code is not None:
         write_atomic(aside / f"{CODE}.py", code)
     if words is not None:
-        words.save(aside, spec.context, EOS_ROLES if config["model_type"] == "gpt2" else ())
+        words.save(aside, spec.max_seq_len, EOS_ROLES if config["model_type"] == "gpt2" else ())
     write_checksums(aside, known)
     publish_directory(aside, output)
     return output

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from typing import Any
 
+from mosaic_dist.convert.hugging_face.canonical_form import need
 from mosaic_dist.convert.hugging_face.rules import FUSED, TRANSPOSED, Rule, same
 from mosaic_dist.convert.hugging_face.settings import Known, Settings
-from mosaic_dist.convert.hugging_face.twin import need
 from mosaic_dist.model import GELU, GQA, MHA, Block, LayerNorm, Learned, Tied, Transformer, Untied
 
 TRAINING = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "n_ctx", "reorder_and_upcast_attn")
@@ -43,14 +43,14 @@ def read(settings: Settings) -> Transformer:
     dim = settings.count("n_embd")
     block = Block(
         attention=MHA(heads=settings.take("n_head"), bias=True),
-        ffn=GELU(width=settings.take("n_inner") or 4 * dim, bias=True),
+        ffn=GELU(hidden_dim=settings.take("n_inner") or 4 * dim, bias=True),
     )
     return Transformer(
-        vocab=settings.take("vocab_size"),
+        vocab_size=settings.take("vocab_size"),
         dim=dim,
-        context=settings.take("n_positions"),
+        max_seq_len=settings.take("n_positions"),
         position=Learned(),
-        blocks=settings.count("n_layer") * (block,),
+        layers=settings.count("n_layer") * (block,),
         norm=LayerNorm(eps=settings.take("layer_norm_epsilon")),
         head=Tied() if settings.take("tie_word_embeddings") else Untied(),
     )
@@ -59,13 +59,13 @@ def read(settings: Settings) -> Transformer:
 def write(spec: Transformer) -> dict[str, Any]:
     """Canonical spec -> config.json."""
     return {
-        "vocab_size": spec.vocab,
+        "vocab_size": spec.vocab_size,
         "n_embd": spec.dim,
-        "n_positions": spec.context,
-        "n_ctx": spec.context,  # llama.cpp's converter reads this one
-        "n_layer": len(spec.blocks),
-        "n_head": need(spec.blocks[0].attention, GQA, "blocks[0].attention").heads,
-        "n_inner": need(spec.blocks[0].ffn, GELU, "blocks[0].ffn").width,
+        "n_positions": spec.max_seq_len,
+        "n_ctx": spec.max_seq_len,  # llama.cpp's converter reads this one
+        "n_layer": len(spec.layers),
+        "n_head": need(spec.layers[0].attention, GQA, "layers[0].attention").heads,
+        "n_inner": need(spec.layers[0].ffn, GELU, "layers[0].ffn").hidden_dim,
         "layer_norm_epsilon": need(spec.norm, LayerNorm, "norm").eps,
         "activation_function": "gelu_new",
         "scale_attn_weights": True,
@@ -86,8 +86,8 @@ def rules(spec: Transformer, config: dict[str, Any]) -> Iterator[Rule]:
         yield same("head.weight", "lm_head.weight")
     for kind in ("weight", "bias"):
         yield same(f"norm.{kind}", f"transformer.ln_f.{kind}")
-    for i in range(len(spec.blocks)):
-        ours, theirs = f"blocks.{i}", f"transformer.h.{i}"
+    for i in range(len(spec.layers)):
+        ours, theirs = f"layers.{i}", f"transformer.h.{i}"
         for kind in ("weight", "bias"):
             yield same(f"{ours}.attention_norm.{kind}", f"{theirs}.ln_1.{kind}")
             yield same(f"{ours}.ffn_norm.{kind}", f"{theirs}.ln_2.{kind}")

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from mosaic_dist.convert.hugging_face import common
+from mosaic_dist.convert.hugging_face.canonical_form import canonical_form, moe_layers, need
 from mosaic_dist.convert.hugging_face.rules import INTERLEAVED, Rule, same
 from mosaic_dist.convert.hugging_face.settings import Known, Settings
-from mosaic_dist.convert.hugging_face.twin import canonical, mixtures, need
 from mosaic_dist.errors import UserError
 from mosaic_dist.model import GQA, Block, ClampedSwiGLU, MoE, TopKSoftmax, Transformer
 
@@ -57,7 +57,7 @@ def read(settings: Settings) -> Transformer:
     settings.skip("initial_context_length", "experts_per_token")  # repeat others under OpenAI's own names
     ffn = MoE(
         expert=ClampedSwiGLU(
-            width=settings.take("intermediate_size"),
+            hidden_dim=settings.take("intermediate_size"),
             bias=True,
             limit=settings.take("swiglu_limit"),
             alpha=settings.take("swiglu_alpha"),
@@ -75,15 +75,15 @@ def read(settings: Settings) -> Transformer:
     blocks = tuple(
         Block(
             attention=common.read_attention(
-                settings, bias=bias, sinks=True, window=window if kind == SLIDING else None
+                settings, bias=bias, attention_sinks=True, sliding_window=window if kind == SLIDING else None
             ),
             ffn=ffn,
         )
         for kind in types
     )
     frame = common.read_frame(settings)
-    position = common.read_rope(common.rope_settings(settings, _null_scaling(settings)), frame["context"])
-    return Transformer(position=position, blocks=blocks, **frame)
+    position = common.read_rope(common.rope_settings(settings, _null_scaling(settings)), frame["max_seq_len"])
+    return Transformer(position=position, layers=blocks, **frame)
 
 
 def _null_scaling(settings: Settings) -> dict[str, Any] | None:
@@ -101,9 +101,9 @@ def _null_scaling(settings: Settings) -> dict[str, Any] | None:
 
 def write(spec: Transformer) -> dict[str, Any]:
     """Canonical spec -> config.json."""
-    attentions = [need(block.attention, GQA, f"blocks[{i}].attention") for i, block in enumerate(spec.blocks)]
-    mixture = mixtures(spec)[0]
-    windows = [attention.window for attention in attentions if attention.window is not None]
+    attentions = [need(block.attention, GQA, f"layers[{i}].attention") for i, block in enumerate(spec.layers)]
+    mixture = moe_layers(spec)[0]
+    windows = [attention.sliding_window for attention in attentions if attention.sliding_window is not None]
     rope = common.write_rope(spec.position)
     return {
         **common.write_frame(spec),
@@ -111,9 +111,9 @@ def write(spec: Transformer) -> dict[str, Any]:
         **rope,
         "rope_scaling": rope["rope_scaling"] or {"rope_type": "default"},  # null would mean YaRN to transformers 5
         "attention_bias": attentions[0].bias,
-        "sliding_window": windows[0] if windows else spec.context,
-        "layer_types": [FULL if attention.window is None else SLIDING for attention in attentions],
-        "intermediate_size": mixture.expert.width,
+        "sliding_window": windows[0] if windows else spec.max_seq_len,
+        "layer_types": [FULL if attention.sliding_window is None else SLIDING for attention in attentions],
+        "intermediate_size": mixture.expert.hidden_dim,
         "num_local_experts": mixture.experts,
         "num_experts_per_tok": mixture.top_k,
         "swiglu_limit": LIMIT,
@@ -124,8 +124,8 @@ def write(spec: Transformer) -> dict[str, Any]:
 def rules(spec: Transformer, config: dict[str, Any]) -> Iterator[Rule]:
     """Tensors. Experts are stacked as ours are; gate and up take turns in one matrix."""
     yield from common.frame_rules(spec)
-    for i, block in enumerate(canonical(spec).blocks):
-        ours, theirs = f"blocks.{i}", f"model.layers.{i}"
+    for i, block in enumerate(canonical_form(spec).layers):
+        ours, theirs = f"layers.{i}", f"model.layers.{i}"
         attention = need(block.attention, GQA, "attention")
         yield from common.attention_rules(attention, f"{ours}.attention", f"{theirs}.self_attn")
         for kind, ending in (("weight", ""), ("bias", "_bias")):

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from mosaic_dist.convert.hugging_face import common
+from mosaic_dist.convert.hugging_face.canonical_form import canonical_form, need
 from mosaic_dist.convert.hugging_face.rules import Rule
 from mosaic_dist.convert.hugging_face.settings import Known, Settings
-from mosaic_dist.convert.hugging_face.twin import canonical, need
 from mosaic_dist.model import GQA, Block, SwiGLU, Transformer
 
 KNOWN = Known(
@@ -31,22 +31,22 @@ def read(settings: Settings) -> Transformer:
     settings.skip("pretraining_tp")
     block = Block(
         attention=common.read_attention(settings, bias=settings.take("attention_bias")),
-        ffn=SwiGLU(width=settings.take("intermediate_size"), bias=settings.take("mlp_bias")),
+        ffn=SwiGLU(hidden_dim=settings.take("intermediate_size"), bias=settings.take("mlp_bias")),
     )
     frame = common.read_frame(settings)
-    position = common.read_rope(common.rope_settings(settings), frame["context"])
-    return Transformer(position=position, blocks=settings.count("num_hidden_layers") * (block,), **frame)
+    position = common.read_rope(common.rope_settings(settings), frame["max_seq_len"])
+    return Transformer(position=position, layers=settings.count("num_hidden_layers") * (block,), **frame)
 
 
 def write(spec: Transformer) -> dict[str, Any]:
     """Canonical spec -> config.json."""
-    attention = need(spec.blocks[0].attention, GQA, "blocks[0].attention")
-    ffn = need(spec.blocks[0].ffn, SwiGLU, "blocks[0].ffn")
+    attention = need(spec.layers[0].attention, GQA, "layers[0].attention")
+    ffn = need(spec.layers[0].ffn, SwiGLU, "layers[0].ffn")
     return {
         **common.write_frame(spec),
         **common.write_attention(attention),
         **common.write_rope(spec.position),
-        "intermediate_size": ffn.width,
+        "intermediate_size": ffn.hidden_dim,
         "attention_bias": attention.bias,
         "mlp_bias": ffn.bias,
     }
@@ -55,8 +55,8 @@ def write(spec: Transformer) -> dict[str, Any]:
 def rules(spec: Transformer, config: dict[str, Any]) -> Iterator[Rule]:
     """Tensors."""
     yield from common.frame_rules(spec)
-    for i, block in enumerate(canonical(spec).blocks):
-        ours, theirs = f"blocks.{i}", f"model.layers.{i}"
+    for i, block in enumerate(canonical_form(spec).layers):
+        ours, theirs = f"layers.{i}", f"model.layers.{i}"
         attention, ffn = need(block.attention, GQA, "attention"), need(block.ffn, SwiGLU, "ffn")
         yield from common.attention_rules(attention, f"{ours}.attention", f"{theirs}.self_attn")
         yield from common.swiglu_rules(ffn, f"{ours}.ffn.network", f"{theirs}.mlp")

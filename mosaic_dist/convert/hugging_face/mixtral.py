@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from mosaic_dist.convert.hugging_face import common
+from mosaic_dist.convert.hugging_face.canonical_form import canonical_form, moe_layers, need
 from mosaic_dist.convert.hugging_face.rules import Rule, same
 from mosaic_dist.convert.hugging_face.settings import Known, Settings
-from mosaic_dist.convert.hugging_face.twin import canonical, mixtures, need
 from mosaic_dist.model import GQA, Block, MoE, SoftmaxTopK, SwiGLU, Transformer
 
 EXPERT = {"gate": "w1", "up": "w3", "down": "w2"}
@@ -35,29 +35,29 @@ def read(settings: Settings) -> Transformer:
     """config.json -> spec."""
     settings.expect("router_jitter_noise", 0, 0.0)
     block = Block(
-        attention=common.read_attention(settings, window=settings.take("sliding_window")),
+        attention=common.read_attention(settings, sliding_window=settings.take("sliding_window")),
         ffn=MoE(
-            expert=SwiGLU(width=settings.take("intermediate_size")),
+            expert=SwiGLU(hidden_dim=settings.take("intermediate_size")),
             experts=settings.take("num_local_experts"),
             top_k=settings.take("num_experts_per_tok"),
             router=SoftmaxTopK(normalize=True),
         ),
     )
     frame = common.read_frame(settings)
-    position = common.read_rope(common.rope_settings(settings), frame["context"])
-    return Transformer(position=position, blocks=settings.count("num_hidden_layers") * (block,), **frame)
+    position = common.read_rope(common.rope_settings(settings), frame["max_seq_len"])
+    return Transformer(position=position, layers=settings.count("num_hidden_layers") * (block,), **frame)
 
 
 def write(spec: Transformer) -> dict[str, Any]:
     """Canonical spec -> config.json."""
-    attention = need(spec.blocks[0].attention, GQA, "blocks[0].attention")
-    mixture = mixtures(spec)[0]
+    attention = need(spec.layers[0].attention, GQA, "layers[0].attention")
+    mixture = moe_layers(spec)[0]
     return {
         **common.write_frame(spec),
         **common.write_attention(attention),
         **common.write_rope(spec.position),
-        "sliding_window": attention.window,
-        "intermediate_size": mixture.expert.width,
+        "sliding_window": attention.sliding_window,
+        "intermediate_size": mixture.expert.hidden_dim,
         "num_local_experts": mixture.experts,
         "num_experts_per_tok": mixture.top_k,
     }
@@ -66,8 +66,8 @@ def write(spec: Transformer) -> dict[str, Any]:
 def rules(spec: Transformer, config: dict[str, Any]) -> Iterator[Rule]:
     """Tensors."""
     yield from common.frame_rules(spec)
-    for i, block in enumerate(canonical(spec).blocks):
-        ours, theirs = f"blocks.{i}", f"model.layers.{i}"
+    for i, block in enumerate(canonical_form(spec).layers):
+        ours, theirs = f"layers.{i}", f"model.layers.{i}"
         attention, mixture = need(block.attention, GQA, "attention"), need(block.ffn, MoE, "ffn")
         yield from common.attention_rules(attention, f"{ours}.attention", f"{theirs}.self_attn")
         yield same(f"{ours}.ffn.router.weight", f"{theirs}.block_sparse_moe.gate.weight")

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from mosaic_dist.convert.hugging_face import common
+from mosaic_dist.convert.hugging_face.canonical_form import canonical_form, moe_layers, need
 from mosaic_dist.convert.hugging_face.rules import Rule, same
 from mosaic_dist.convert.hugging_face.settings import Known, Settings
-from mosaic_dist.convert.hugging_face.twin import canonical, mixtures, need
 from mosaic_dist.model import GQA, Block, MoE, RMSNorm, SoftmaxTopK, SwiGLU, Transformer
 
 KNOWN = Known(
@@ -44,23 +44,23 @@ def read(settings: Settings) -> Transformer:
         bias=settings.take("attention_bias"),
         qk_norm=True,
         qk_norm_eps=settings.take("rms_norm_eps"),
-        window=window if sliding else None,
+        sliding_window=window if sliding else None,
     )
     mixture = MoE(
-        expert=SwiGLU(width=settings.take("moe_intermediate_size")),
+        expert=SwiGLU(hidden_dim=settings.take("moe_intermediate_size")),
         experts=_read_experts(settings),
         top_k=settings.take("num_experts_per_tok"),
         router=SoftmaxTopK(normalize=settings.take("norm_topk_prob")),
     )
-    dense = SwiGLU(width=settings.take("intermediate_size"))
+    dense = SwiGLU(hidden_dim=settings.take("intermediate_size"))
     step, dense_layers = int(settings.number("decoder_sparse_step")), settings.items("mlp_only_layers")
     blocks = tuple(
         Block(attention=attention, ffn=dense if i in dense_layers or (i + 1) % max(step, 1) else mixture)
         for i in range(settings.count("num_hidden_layers"))
     )
     frame = common.read_frame(settings)
-    position = common.read_rope(common.rope_settings(settings), frame["context"])
-    return Transformer(position=position, blocks=blocks, **frame)
+    position = common.read_rope(common.rope_settings(settings), frame["max_seq_len"])
+    return Transformer(position=position, layers=blocks, **frame)
 
 
 def _read_experts(settings: Settings) -> int:
@@ -75,20 +75,20 @@ def _read_experts(settings: Settings) -> int:
 
 def write(spec: Transformer) -> dict[str, Any]:
     """Canonical spec -> config.json."""
-    attention = need(spec.blocks[0].attention, GQA, "blocks[0].attention")
-    dense = {i: block.ffn for i, block in enumerate(spec.blocks) if not isinstance(block.ffn, MoE)}
-    mixture = mixtures(spec)[0]
-    width = need(dense[min(dense)], SwiGLU, f"blocks[{min(dense)}].ffn").width if dense else 4 * spec.dim
+    attention = need(spec.layers[0].attention, GQA, "layers[0].attention")
+    dense = {i: block.ffn for i, block in enumerate(spec.layers) if not isinstance(block.ffn, MoE)}
+    mixture = moe_layers(spec)[0]
+    width = need(dense[min(dense)], SwiGLU, f"layers[{min(dense)}].ffn").hidden_dim if dense else 4 * spec.dim
     return {
         **common.write_frame(spec),
         **common.write_attention(attention),
         **common.write_rope(spec.position),
         "rms_norm_eps": need(spec.norm, RMSNorm, "norm").eps,
         "attention_bias": attention.bias,
-        "use_sliding_window": attention.window is not None,
-        "sliding_window": attention.window,
+        "use_sliding_window": attention.sliding_window is not None,
+        "sliding_window": attention.sliding_window,
         "intermediate_size": width,
-        "moe_intermediate_size": mixture.expert.width,
+        "moe_intermediate_size": mixture.expert.hidden_dim,
         "num_experts": mixture.experts,
         "num_experts_per_tok": mixture.top_k,
         "norm_topk_prob": need(mixture.router, SoftmaxTopK, "router").normalize,
@@ -100,8 +100,8 @@ def write(spec: Transformer) -> dict[str, Any]:
 def rules(spec: Transformer, config: dict[str, Any]) -> Iterator[Rule]:
     """Tensors."""
     yield from common.frame_rules(spec)
-    for i, block in enumerate(canonical(spec).blocks):
-        ours, theirs = f"blocks.{i}", f"model.layers.{i}"
+    for i, block in enumerate(canonical_form(spec).layers):
+        ours, theirs = f"layers.{i}", f"model.layers.{i}"
         attention = need(block.attention, GQA, "attention")
         yield from common.attention_rules(attention, f"{ours}.attention", f"{theirs}.self_attn")
         if isinstance(block.ffn, MoE):

@@ -25,7 +25,7 @@ TEMPLATE = "mosaic_dist.convert.hugging_face.standalone_model"
 LEFT_OUT = (
     "mosaic_dist.spec.Spec.to_yaml",
     "mosaic_dist.spec.Spec.from_yaml",
-    "mosaic_dist.model.transformer.Transformer.check",
+    "mosaic_dist.model.transformer.Transformer.validate",
     "mosaic_dist.model.transformer.Transformer.build_initialized",
     "mosaic_dist.model.transformer.Transformer.width_factors",
 )
@@ -59,10 +59,10 @@ def _frame(spec: Transformer) -> dict[str, Any]:
     with torch.device("meta"):
         model = spec.build()
     return {
-        "vocab_size": spec.vocab,
+        "vocab_size": spec.vocab_size,
         "hidden_size": spec.dim,
-        "max_position_embeddings": spec.context,
-        "num_hidden_layers": len(spec.blocks),
+        "max_position_embeddings": spec.max_seq_len,
+        "num_hidden_layers": len(spec.layers),
         "tie_word_embeddings": model.head.weight is model.embedding.weight,
     }
 

@@ -14,7 +14,7 @@ from torch import Tensor, cat, compiler, device, nn, no_grad
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from mosaic_dist.model.transformer import Transformer, make_sight
+from mosaic_dist.model.transformer import Transformer, make_attention_metadata
 
 
 class MosaicConfig(PretrainedConfig):
@@ -93,16 +93,16 @@ class MosaicForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _hidden_states(self, x_BTD: Tensor, documents_BT: Tensor | None) -> list[Tensor]:
         """Embeddings -> the input of each layer, and what the head sees; as `TransformerModel.forward`."""
-        sight = make_sight(x_BTD[..., 0], documents_BT)
-        longest, context = x_BTD.shape[1], self.model.spec.context
+        metadata = make_attention_metadata(x_BTD[..., 0], documents_BT)
+        longest, context = x_BTD.shape[1], self.model.spec.max_seq_len
         if longest > context:
             raise ValueError(f"{longest} tokens are more than the model's context ({context})")
-        states = [self.model.position(x_BTD, sight.positions_BT)]
-        for block in self.model.blocks:
+        states = [self.model.position(x_BTD, metadata.positions_BT)]
+        for block in self.model.layers:
             if self.gradient_checkpointing and self.training:
-                x_BTD, _ = self._gradient_checkpointing_func(block.__call__, states[-1], sight)
+                x_BTD, _ = self._gradient_checkpointing_func(block.__call__, states[-1], metadata)
             else:
-                x_BTD, _ = block(states[-1], sight)
+                x_BTD, _ = block(states[-1], metadata)
             states.append(x_BTD)
         states[-1] = self.model.norm(states[-1])
         return states
@@ -138,12 +138,12 @@ class MosaicForCausalLM(PreTrainedModel, GenerationMixin):
         The configuration, `mosaic` in it too, describes the new model. ValueError for `mean_resizing=False`: the model
         has no other initial values. Returns the embedding.
         """
-        old = self.model.spec.vocab
+        old = self.model.spec.vocab_size
         vocab = old if new_num_tokens is None else new_num_tokens
         vocab += -vocab % (pad_to_multiple_of or 1)
         if vocab > old and not mean_resizing:
             raise ValueError("mean_resizing=False: new tokens get the mean of the old ones here; leave it True")
-        spec = replace(self.model.spec, vocab=vocab)
+        spec = replace(self.model.spec, vocab_size=vocab)
         with device("meta"):
             resized = {name: tuple(p.shape) for name, p in spec.build().named_parameters(remove_duplicate=False)}
         rows: dict[nn.Parameter, nn.Parameter] = {}  # a shared table stays shared

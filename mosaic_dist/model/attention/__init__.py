@@ -1,6 +1,6 @@
 """Causal attentions, one kind per file."""
 
-from mosaic_dist.model.attention.attention import Attention, AttentionModule, LocalHeads, Score, Sight
+from mosaic_dist.model.attention.attention import Attention, AttentionMetadata, AttentionModule, LocalHeads, Score
 from mosaic_dist.model.attention.linear import LinearAttention
 from mosaic_dist.model.attention.mla import MLA
 from mosaic_dist.model.attention.softmax import GQA, MHA, MQA, SoftmaxAttention
@@ -11,10 +11,10 @@ __all__ = [
     "MLA",
     "MQA",
     "Attention",
+    "AttentionMetadata",
     "AttentionModule",
     "LinearAttention",
     "LocalHeads",
     "Score",
-    "Sight",
     "SoftmaxAttention",
 ]

@@ -29,7 +29,7 @@ class Attention(Spec):
 
 
 @dataclasses.dataclass
-class Sight:
+class AttentionMetadata:
     """The tokens of one forward pass, the same for all layers.
 
     `index_T` numbers the T tokens at hand from the beginning of the sequence; all S tokens that there are, cached ones
@@ -52,12 +52,14 @@ class Sight:
         """Documents of the tokens at hand."""
         return None if self.documents_BS is None else self.documents_BS[:, self.index_T]
 
-    def visible(self, index_S: Tensor, window: int | None = None) -> Tensor:
-        """Which of the keys with these indexes each token sees, bool [B, 1, T, S]; at most the last `window` ones."""
+    def visible(self, index_S: Tensor, sliding_window: int | None = None) -> Tensor:
+        """Which of the keys with these indexes each token sees, bool [B, 1, T, S]; at most the last `sliding_window`
+        ones.
+        """
         index_T1 = self.index_T[:, None]
         seen_TS = index_T1 >= index_S  # compared, not subtracted: differences of long sequences would take gigabytes
-        if window is not None:
-            seen_TS &= index_T1 - window < index_S
+        if sliding_window is not None:
+            seen_TS &= index_T1 - sliding_window < index_S
         if self.documents_BS is None:
             return seen_TS[None, None]
         same_BTS = self.documents_BS[:, self.index_T, None] == self.documents_BS[:, None, index_S]
@@ -71,8 +73,8 @@ class Sight:
         return self._cuts
 
 
-Score = Callable[[Tensor, Tensor, Tensor, Sight, Tensor, slice], Tensor]
-"""(queries [B, T, n, H], keys [B, S, g, H], values [B, S, g, U], sight, index_S of the keys, heads) -> [B, T, n, U].
+Score = Callable[[Tensor, Tensor, Tensor, AttentionMetadata, Tensor, slice], Tensor]
+"""(queries [B, T, n, H], keys [B, S, g, H], values [B, S, g, U], metadata, index_S of the keys, heads) -> [B, T, n, U].
 
 `heads` are the n heads among all that the attention has; n is a multiple of g.
 """
@@ -82,10 +84,10 @@ class LocalHeads:
     """The seam between projections and scores: all heads are here. Other exchanges keep this interface."""
 
     def __call__(
-        self, score: Score, q_BTNH: Tensor, k_BSGH: Tensor, v_BSGU: Tensor, sight: Sight, index_S: Tensor
+        self, score: Score, q_BTNH: Tensor, k_BSGH: Tensor, v_BSGU: Tensor, metadata: AttentionMetadata, index_S: Tensor
     ) -> Tensor:
         """What `score` gives for all heads of the tokens at hand, [B, T, N, U]."""
-        return score(q_BTNH, k_BSGH, v_BSGU, sight, index_S, slice(None))
+        return score(q_BTNH, k_BSGH, v_BSGU, metadata, index_S, slice(None))
 
 
 class AttentionModule(nn.Module):
@@ -95,7 +97,7 @@ class AttentionModule(nn.Module):
         super().__init__()
         self.exchange: Any = LocalHeads()
 
-    def forward(self, x_BTD: Tensor, sight: Sight, cache: Any = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, metadata: AttentionMetadata, cache: Any = None) -> Tensor:
         """x_BTD -> [B, T, D]. With a cache, the tokens at hand follow those in it, and join them."""
         raise TypeError(f"{type(self).__name__} has no forward")
 
@@ -108,11 +110,11 @@ class AttentionModule(nn.Module):
         return RingCache(capacity)
 
 
-def mean_visible(seq_len: int, window: int | None) -> float:
+def mean_visible(seq_len: int, sliding_window: int | None) -> float:
     """Keys that a token sees on average, counted as half a square (and a band where there is a window)."""
-    if window is None or window >= seq_len:
+    if sliding_window is None or sliding_window >= seq_len:
         return seq_len / 2
-    return window - window**2 / (2 * seq_len)
+    return sliding_window - sliding_window**2 / (2 * seq_len)
 
 
 class RingCache:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mosaic_dist.model.products import is_avx512_cpu_with
+from mosaic_dist.model.matmul import is_avx512_cpu_with
 
 BLOCK_QUERIES = 256
 BLOCK_SCORES = 2**22

@@ -24,7 +24,8 @@ class Cuts(NamedTuple):
 
 
 def cut_documents(documents_BT: Tensor) -> Cuts:
-    """See `Cuts`. On the meta device, which has no numbers, each sequence is one document.
+    """Cut packed sequences into documents (`Cuts`). On the meta device, which has no numbers, each sequence is one
+    document.
 
     The lengths are read from the device once, which waits for it.
     """

@@ -24,7 +24,7 @@ def attend(
     visible: Tensor | None,
     bias: Tensor | None = None,
     sinks_NT: Tensor | None = None,
-    soft_cap: float | None = None,
+    logit_softcap: float | None = None,
     dropout: float = 0.0,
     kernel: Kernel = "sdpa",
 ) -> Tensor:
@@ -33,12 +33,12 @@ def attend(
     Each of the G key-value heads serves N / G query heads in a row. `visible` is bool, broadcastable to [B, N, T, S];
     None is the lower triangle of as many keys as queries. `bias` is added to the scores. `sinks_NT`, [N, T] or [N, 1],
     is one more logit per query that takes part in the softmax and has no value (gpt-oss; Xiao et al., arXiv
-    2309.17453). `soft_cap` bounds scores by cap * tanh(score / cap) (Gemma 2, arXiv 2408.00118); it needs the explicit
-    form.
+    2309.17453). `logit_softcap` bounds scores by cap * tanh(score / cap) (Gemma 2, arXiv 2408.00118); it needs the
+    explicit form.
     """
     if kernel == "explicit":
-        return _explicit(q_BNTH, k_BGSH, v_BGSU, visible, bias, sinks_NT, soft_cap, dropout)
-    assert soft_cap is None, "a soft cap needs the explicit kernel; specs refuse the pair"
+        return _explicit(q_BNTH, k_BGSH, v_BGSU, visible, bias, sinks_NT, logit_softcap, dropout)
+    assert logit_softcap is None, "a soft cap needs the explicit kernel; specs refuse the pair"
     (T, H), U = q_BNTH.shape[-2:], v_BGSU.shape[-1]
     scale = 1 / math.sqrt(H)
     mask = None if visible is None and bias is None else _float_mask(q_BNTH, visible, bias)
@@ -81,7 +81,7 @@ def takes_groups(q_BNTH: Tensor, k_BGSH: Tensor, v_BGSU: Tensor, mask: Tensor | 
 def flash_shares_heads(device: torch.device, dtype: torch.dtype, width: int, dropout: float, needs_grad: bool) -> bool:
     """Whether the flash kernel takes causal attention with fewer key-value heads than query heads.
 
-    A question of plain values, so that compiled code can have the answer as a constant (see `compile_blocks`): torch
+    A question of plain values, so that compiled code can have the answer as a constant (see `compile`): torch
     2.11 cannot compile the question itself.
     """
     q, kv = (torch.empty(1, heads, 2, width, device=device, dtype=dtype, requires_grad=needs_grad) for heads in (2, 1))
@@ -123,15 +123,15 @@ def _explicit(
     visible: Tensor | None,
     bias: Tensor | None,
     sinks_NT: Tensor | None,
-    soft_cap: float | None,
+    logit_softcap: float | None,
     dropout: float,
 ) -> Tensor:
     """Scores, mask and softmax as in the formula, the softmax in float32."""
     group = q_BNTH.shape[1] // k_BGSH.shape[1]
     k_BNSH, v_BNSU = (x.repeat_interleave(group, 1) for x in (k_BGSH, v_BGSU))
     scores = (q_BNTH @ k_BNSH.transpose(-2, -1)).float() / math.sqrt(q_BNTH.shape[-1])
-    if soft_cap is not None:
-        scores = soft_cap * torch.tanh(scores / soft_cap)
+    if logit_softcap is not None:
+        scores = logit_softcap * torch.tanh(scores / logit_softcap)
     if bias is not None:
         scores = scores + bias.float()
     scores = scores.masked_fill(~(_triangle(q_BNTH) if visible is None else visible), -math.inf)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mosaic_dist.model.attention.attention import Attention, AttentionModule, Sight
-from mosaic_dist.model.linear import Matrix, PlainMatrix
+from mosaic_dist.model.attention.attention import Attention, AttentionMetadata, AttentionModule
+from mosaic_dist.model.linear import LinearKind, PlainLinearKind
 from mosaic_dist.model.norm import INNER_NORM_EPS
 from mosaic_dist.model.position import Position
 from mosaic_dist.spec import Positive, SpecError
@@ -20,17 +20,17 @@ from mosaic_dist.spec import Positive, SpecError
 class LinearAttention(Attention, type="linear"):
     """out_t = phi(q_t) S_t / phi(q_t) z_t with S_t = sum_s phi(k_s) v_s, z_t = sum_s phi(k_s), phi = elu + 1.
 
-    `chunk` tokens are computed at once. Positions may rotate queries and keys before the feature map. `matrix` is the
+    `chunk` tokens are computed at once. Positions may rotate queries and keys before the feature map. `linear` is the
     kind of the projections.
     """
 
     heads: Positive
     bias: bool = False
     chunk: Positive = 64
-    matrix: Matrix = PlainMatrix()
+    linear: LinearKind = PlainLinearKind()
 
     def head_counts(self) -> tuple[int, int]:
-        """See `Attention.head_counts`."""
+        """Query heads and key-value heads, both `heads`."""
         return self.heads, self.heads
 
     def build(self, dim: int, position: Position, norm_eps: float = INNER_NORM_EPS) -> "ChunkedLinearAttention":
@@ -54,23 +54,23 @@ class LinearState:
 
 
 class ChunkedLinearAttention(AttentionModule):
-    """See `LinearAttention`."""
+    """Linear attention computed chunk by chunk, with a running state of keys and values."""
 
     def __init__(self, spec: LinearAttention, dim: int, position: Position):
         super().__init__()
         self.spec = spec
         self.position = position.for_heads(spec.heads, dim // spec.heads)
-        self.query, self.key, self.value = (spec.matrix.build(dim, dim, bias=spec.bias) for _ in range(3))
-        self.output = spec.matrix.build(dim, dim, bias=spec.bias, residual=True)
+        self.query, self.key, self.value = (spec.linear.build(dim, dim, bias=spec.bias) for _ in range(3))
+        self.output = spec.linear.build(dim, dim, bias=spec.bias, residual=True)
 
-    def forward(self, x_BTD: Tensor, sight: Sight, cache: LinearState | None = None) -> Tensor:
-        """See `AttentionModule.forward`."""
+    def forward(self, x_BTD: Tensor, metadata: AttentionMetadata, cache: LinearState | None = None) -> Tensor:
+        """Attend within [B, T, dim]; with a cache, its state comes first."""
         q, k, v_BTNH = (
             layer(x_BTD).unflatten(-1, (self.spec.heads, -1)) for layer in (self.query, self.key, self.value)
         )
-        q_BTNH, k_BTNH = (self.position.rotate(x, sight.positions_BT) for x in (q, k))
+        q_BTNH, k_BTNH = (self.position.rotate(x, metadata.positions_BT) for x in (q, k))
         score = partial(self._score, cache if cache is not None else LinearState())
-        return self.output(self.exchange(score, q_BTNH, k_BTNH, v_BTNH, sight, sight.index_T).flatten(2))
+        return self.output(self.exchange(score, q_BTNH, k_BTNH, v_BTNH, metadata, metadata.index_T).flatten(2))
 
     def _score(
         self,
@@ -78,16 +78,16 @@ class ChunkedLinearAttention(AttentionModule):
         q_BTNH: Tensor,
         k_BTNH: Tensor,
         v_BTNH: Tensor,
-        sight: Sight,
+        metadata: AttentionMetadata,
         index_T: Tensor,
         heads: slice,
     ) -> Tensor:
-        """See `Score`; the state, which is brought forward, stands for the keys before those at hand."""
+        """Attention of the given heads; the state carried forward stands for all earlier keys."""
         features = (functional.elu(x) + 1 for x in (q_BTNH, k_BTNH))
         q_BNTH, k_BNTH, v_BNTH = (x.float().transpose(1, 2) for x in (*features, v_BTNH))
-        documents_BT = sight.documents_BT
+        documents_BT = metadata.documents_BT
         if documents_BT is None:
-            documents_BT = sight.index_T.new_zeros(1, sight.index_T.shape[0])
+            documents_BT = metadata.index_T.new_zeros(1, metadata.index_T.shape[0])
         pieces = [x.split(self.spec.chunk, 2) for x in (q_BNTH, k_BNTH, v_BNTH)]
         documents = documents_BT.expand(q_BTNH.shape[0], -1).split(self.spec.chunk, 1)
         chunks = [self._chunk(q, k, v, d, state) for q, k, v, d in zip(*pieces, documents, strict=True)]

@@ -7,7 +7,7 @@ from mosaic_dist.model.ffn.ffn import DenseFFN
 
 
 class GELU(DenseFFN, type="gelu"):
-    """down(gelu(up(x))) of hidden width `width`."""
+    """down(gelu(up(x))) of hidden width `hidden_dim`."""
 
     def activate(self, *hidden: Tensor) -> Tensor:
         """up -> what down sees."""

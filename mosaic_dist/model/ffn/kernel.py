@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from mosaic_dist.model.products import multiply, multiply_into, rounded_rows
-from mosaic_dist.model.rows import Rows, gather, spread
+from mosaic_dist.model.matmul import multiply, multiply_into, rounded_rows
+from mosaic_dist.model.rows import Rows, permute, unpermute
 
 Activate = Callable[..., Tensor]
 
@@ -56,7 +56,7 @@ def _leaves_gradients_unwritten(device: torch.device) -> bool:
 
 
 def run_in_turn(x_SD: Tensor, rows: Rows, activate: Activate, inputs: Sequence[Layer], down: Layer) -> Tensor:
-    """See `run_experts`."""
+    """The same as `run_experts`, one expert after the other, whose rows then stay in a CPU's cache."""
     counts, weights_R = rows.counts_E.tolist(), rows.weights_R.to(x_SD.dtype)
     flat = [tensor for layer in (*inputs, down) for tensor in layer]
     return _InTurn.apply(activate, counts, x_SD, rows.tokens_R, weights_R, *flat)
@@ -196,11 +196,11 @@ def run_grouped(x_SD: Tensor, rows: Rows, activate: Activate, inputs: Sequence[L
         out_RD = multiply_rows(activate(*hidden_RF) * weights_R1, down.weight_eIO)
         return out_RD if down.bias_eO is None else out_RD + weights_R1 * bias(down.bias_eO)
 
-    x_RD = spread(x_SD, rows)
+    x_RD = permute(x_SD, rows)
     hidden_RF = [linear(x_RD, layer) for layer in inputs]
     # the second run ends where the product would begin: only the activation is computed again
     out_RD = checkpoint(finish, *hidden_RF, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
-    return gather(out_RD, rows)
+    return unpermute(out_RD, rows)
 
 
 ALIGNED_BYTES = 16

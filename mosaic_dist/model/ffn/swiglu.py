@@ -7,7 +7,7 @@ from mosaic_dist.model.ffn.ffn import GatedFFN
 
 
 class SwiGLU(GatedFFN, type="swiglu"):
-    """down(silu(gate(x)) * up(x)) of hidden width `width`."""
+    """down(silu(gate(x)) * up(x)) of hidden width `hidden_dim`."""
 
     def activate(self, *hidden: Tensor) -> Tensor:
         """gate, up -> what down sees."""

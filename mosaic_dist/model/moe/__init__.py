@@ -1,17 +1,17 @@
 """Mixture of experts: router, exchange and experts. One kind of router per file."""
 
-from mosaic_dist.model.moe.exchange import LocalExchange
-from mosaic_dist.model.moe.moe import Mixture, MixtureOfExperts, MoE, MoESwiGLU
+from mosaic_dist.model.moe.dispatch import LocalDispatcher
+from mosaic_dist.model.moe.moe import MixtureOfExperts, MoE, MoEBase, MoESwiGLU
 from mosaic_dist.model.moe.router import Router, Routing
 from mosaic_dist.model.moe.sigmoid_top_k import SigmoidTopK
 from mosaic_dist.model.moe.softmax_top_k import SoftmaxTopK
 from mosaic_dist.model.moe.top_k_softmax import TopKSoftmax
 
 __all__ = [
-    "LocalExchange",
-    "Mixture",
+    "LocalDispatcher",
     "MixtureOfExperts",
     "MoE",
+    "MoEBase",
     "MoESwiGLU",
     "Router",
     "Routing",

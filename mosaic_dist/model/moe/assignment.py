@@ -39,14 +39,14 @@ def capacity(tokens: int, experts: int, top_k: int, factor: float) -> int:
     return math.ceil(factor * tokens * top_k / experts)
 
 
-def within_capacity(routing: Routing, places: int, drop: Literal["last", "lightest"]) -> Tensor:
+def within_capacity(routing: Routing, places: int, drop: Literal["position", "probs"]) -> Tensor:
     """Which choices find one of the `places` of their expert, [S, K] bool.
 
-    "last": the earlier token has the place. "lightest": the choice with the larger routing weight has it.
+    "position": the earlier token has the place. "probs": the choice with the larger routing weight has it.
     """
     experts_J = routing.experts_SK.flatten()
     order_J = torch.arange(len(experts_J), device=experts_J.device)
-    if drop == "lightest":
+    if drop == "probs":
         order_J = routing.weights_SK.detach().flatten().argsort(descending=True, stable=True)
     order_J = order_J[experts_J[order_J].argsort(stable=True)]
     counts_E = count(experts_J, routing.probs_SE.shape[-1])

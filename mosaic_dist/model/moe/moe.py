@@ -6,17 +6,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mosaic_dist.model.ffn import FFN, DenseFFN, Extras, SwiGLU
+from mosaic_dist.model.activation_checkpointing import recomputed, remembered
+from mosaic_dist.model.ffn import FFN, AuxOutputs, DenseFFN, SwiGLU
 from mosaic_dist.model.moe.assignment import assign, capacity, count, count_rows, within_capacity
 from mosaic_dist.model.moe.balance import balance_loss, routing_entropy, sequence_balance_loss, z_loss
-from mosaic_dist.model.moe.exchange import LocalExchange
+from mosaic_dist.model.moe.dispatch import LocalDispatcher
 from mosaic_dist.model.moe.router import Router, Routing
 from mosaic_dist.model.moe.softmax_top_k import SoftmaxTopK
-from mosaic_dist.model.recompute import recomputed, remembered
-from mosaic_dist.spec import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, SpecError, at, fields
+from mosaic_dist.spec import NonNegative, NonNegativeFloat, Positive, PositiveFloat, SpecError, UnitInterval, at, fields
 
 
-class Mixture(FFN):
+class MoEBase(FFN):
     """Token-choice mixture (Shazeer et al., arXiv 1701.06538): all of a mixture but what its experts are.
 
     Each expert has the width of the expert spec divided by `split`: with `split = experts` a dense network is cut into
@@ -24,13 +24,14 @@ class Mixture(FFN):
     `experts = macro * split`. Its shared experts are those that every token passes beside the chosen ones, each as
     wide as a routed one. `router_bias` gives the router's logits a learned bias.
 
-    `balance_weight` and `z_weight` are the factors of the balance loss and the z-loss (`balance.py`). The shares of
-    the balance loss are counted over each "micro_batch" of a rank, each "sequence", or the "global_batch": all ranks,
-    and those micro-batches of the step that have been. `jitter` is multiplicative noise on what the router sees.
+    `aux_loss_coef` and `z_loss_coef` are the factors of the balance loss and the z-loss (`balance.py`). The shares of
+    the balance loss are counted over each "micro_batch" of a rank, each "sequence", or the "global_batch": all
+    ranks, and those micro-batches of the step that have been. `jitter` is multiplicative noise on what the router sees.
 
     No choice is ever dropped, unless there is a `capacity_factor`: in training an expert then takes at most that
-    factor times an even share of a rank's micro-batch, and of the choices beyond it the "last" in the batch or those
-    with the "lightest" weight are dropped: such a token goes on with what its other experts give.
+    factor times an even share of a rank's micro-batch, and the choices beyond it are dropped: the last ones in the
+    batch (`drop_policy` "position") or those with the lowest routing weight ("probs"). Such a token keeps what its
+    other experts give.
     """
 
     experts: Positive
@@ -39,47 +40,49 @@ class Mixture(FFN):
     split: Positive = 1
     router: Router = SoftmaxTopK()
     router_bias: bool = False
-    balance_weight: NonNegativeFloat = 0.01
-    balance_over: Literal["micro_batch", "sequence", "global_batch"] = "micro_batch"
-    z_weight: NonNegativeFloat = 0.0
-    jitter: Fraction = 0.0
+    aux_loss_coef: NonNegativeFloat = 0.01
+    aux_loss_scope: Literal["micro_batch", "sequence", "global_batch"] = "micro_batch"
+    z_loss_coef: NonNegativeFloat = 0.0
+    jitter: UnitInterval = 0.0
     capacity_factor: PositiveFloat | None = None
-    drop: Literal["last", "lightest"] = "last"
+    drop_policy: Literal["position", "probs"] = "position"
 
 
-class MoE(Mixture, type="moe"):
+class MoE(MoEBase, type="moe"):
     """Mixture over any dense network."""
 
     expert: DenseFFN
 
-    def check(self) -> None:
+    def validate(self) -> None:
         """`top_k` of `experts` can be chosen and `split` divides the width."""
-        if self.drop != "last" and self.capacity_factor is None:
-            raise SpecError("drop", f"{self.drop!r} without a capacity_factor, but then nothing is dropped; set one")
+        if self.drop_policy != "position" and self.capacity_factor is None:
+            raise SpecError(
+                "drop_policy", f"{self.drop_policy!r} without a capacity_factor, but then nothing is dropped; set one"
+            )
         if self.top_k > self.experts:
             raise SpecError("top_k", f"{self.top_k} experts per token, but there are {self.experts} experts")
-        if self.expert.width % self.split:
-            raise SpecError("split", f"{self.split} must divide the expert's width ({self.expert.width})")
+        if self.expert.hidden_dim % self.split:
+            raise SpecError("split", f"{self.split} must divide the expert's width ({self.expert.hidden_dim})")
         with at("router"):
             self.router.check_choice(self.experts, self.top_k)
 
     def build(self, dim: int) -> nn.Module:
-        """See `MixtureOfExperts`."""
+        """Build router, experts and shared experts for a model `dim` wide."""
         return MixtureOfExperts(self, dim)
 
 
-class MoESwiGLU(Mixture, type="moe_swiglu"):
-    """Short form of a mixture whose experts are SwiGLU networks of hidden width `width`."""
+class MoESwiGLU(MoEBase, type="moe_swiglu"):
+    """Short form of a mixture whose experts are SwiGLU networks of hidden width `hidden_dim`."""
 
-    width: Positive
+    hidden_dim: Positive
 
-    def check(self) -> None:
+    def validate(self) -> None:
         """The long form is well-formed."""
         self.written_out()
 
     def written_out(self) -> MoE:
         """The long form."""
-        return MoE(expert=SwiGLU(width=self.width), **{name: getattr(self, name) for name in fields(Mixture)})
+        return MoE(expert=SwiGLU(hidden_dim=self.hidden_dim), **{name: getattr(self, name) for name in fields(MoEBase)})
 
     def build(self, dim: int) -> nn.Module:
         """The module of the long form."""
@@ -87,7 +90,8 @@ class MoESwiGLU(Mixture, type="moe_swiglu"):
 
 
 class MixtureOfExperts(nn.Module):
-    """See `Mixture`. Router, exchange and experts are siblings: `exchange` can be replaced without touching the others.
+    """The module of all mixtures. Router, dispatcher and experts are siblings: the dispatcher can be replaced without
+    touching the others.
 
     router.weight [experts, dim]; the weights of `experts` are stacked, [experts, inputs, outputs]; `shared` is one
     network as wide as all shared experts together, or None: their sum, with one output bias and one ternary scale.
@@ -99,16 +103,16 @@ class MixtureOfExperts(nn.Module):
     def __init__(self, spec: MoE, dim: int):
         super().__init__()
         self.spec = spec
-        width = spec.expert.width // spec.split
+        width = spec.expert.hidden_dim // spec.split
         self.router = spec.router.build(dim, spec.experts, spec.top_k, spec.router_bias)
-        self.exchange: Any = LocalExchange()
+        self.dispatcher: Any = LocalDispatcher()
         self.experts = spec.expert.build_experts(dim, width, spec.experts)
         self.shared = spec.expert.build_network(dim, spec.shared_experts * width) if spec.shared_experts else None
         self.chunks = 1
         self.step_counts_E: Any = 0
-        """Choices per expert of all processes in this step so far; for `balance_over: global_batch`."""
+        """Choices per expert of all processes in this step so far; for `aux_loss_scope: global_batch`."""
 
-    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Extras]:
+    def forward(self, x_BTD: Tensor) -> tuple[Tensor, AuxOutputs]:
         """x_BTD -> ([B, T, D], extras).
 
         Extras: balance_loss and z_loss, weighted scalars, where their weights are not zero; expert_load [E] int64
@@ -119,11 +123,11 @@ class MixtureOfExperts(nn.Module):
         kept_SK = self._kept(routing)
         shared: list[Tensor] = []
 
-        def meanwhile() -> None:
+        def overlap_fn() -> None:
             if self.shared is not None and not shared:
                 shared.append(self.shared(x_SD))
 
-        out_SD = self._routed(x_SD, routing, kept_SK, meanwhile)
+        out_SD = self._routed(x_SD, routing, kept_SK, overlap_fn)
         if shared:
             out_SD = out_SD + shared[0]
         load_E = count(routing.experts_SK.flatten(), self.spec.experts)
@@ -143,9 +147,9 @@ class MixtureOfExperts(nn.Module):
             return None
         S, K = routing.experts_SK.shape
         places = capacity(S, self.spec.experts, K, self.spec.capacity_factor)
-        return remembered(lambda: within_capacity(routing, places, self.spec.drop))
+        return remembered(lambda: within_capacity(routing, places, self.spec.drop_policy))
 
-    def _routed(self, x_SD: Tensor, routing: Routing, kept_SK: Tensor | None, meanwhile: Callable[[], None]) -> Tensor:
+    def _routed(self, x_SD: Tensor, routing: Routing, kept_SK: Tensor | None, overlap_fn: Callable[[], None]) -> Tensor:
         """The sum over its choices for each token, [S, D]."""
 
         def pass_experts(
@@ -153,27 +157,27 @@ class MixtureOfExperts(nn.Module):
             weights_SK: Tensor,
             experts_SK: Tensor,
             kept_SK: Tensor | None,
-            meanwhile: Callable[[], None] = lambda: None,
+            overlap_fn: Callable[[], None] = lambda: None,
         ) -> Tensor:
             rows = assign(weights_SK, experts_SK, kept_SK, self.spec.experts)
-            return self.exchange(x_SD, rows, self.experts, meanwhile)
+            return self.dispatcher(x_SD, rows, self.experts, overlap_fn)
 
         whole = (x_SD, routing.weights_SK, routing.experts_SK, kept_SK)
         if self.chunks == 1:
-            return pass_experts(*whole, meanwhile)
-        meanwhile()  # not within a part: parts that run again would keep all that it names, the layer's input too
+            return pass_experts(*whole, overlap_fn)
+        overlap_fn()  # not within a part: parts that run again would keep all that it names, the layer's input too
         parts = zip(*(_cut(value, self.chunks) for value in whole), strict=True)
         return torch.cat([recomputed(pass_experts, *part) for part in parts])
 
     def measure(
         self, routing: Routing, load_E: Tensor, counts: Tensor, kept_SK: Tensor | None, shape: torch.Size
-    ) -> Extras:
+    ) -> AuxOutputs:
         """Losses and measurements of the routing; `shape` is that of the tokens, [B, T].
 
         `load_E` counts the choices here, and `counts` those that the balance loss is to see; see `_counts`.
         """
         spec, (logits_SE, probs_SE, _, _) = self.spec, routing
-        if spec.balance_over == "sequence":
+        if spec.aux_loss_scope == "sequence":
             balance = sequence_balance_loss(probs_SE.reshape(-1, shape[-1], spec.experts), counts)
         else:
             balance = balance_loss(probs_SE, counts)
@@ -185,7 +189,7 @@ class MixtureOfExperts(nn.Module):
             "entropy": routing_entropy(probs_SE.detach()),
             "drop_rate": z.new_zeros(()) if kept_SK is None else (~kept_SK).float().mean(),
         }
-        weighted = {"balance_loss": (spec.balance_weight, balance), "z_loss": (spec.z_weight, z)}
+        weighted = {"balance_loss": (spec.aux_loss_coef, balance), "z_loss": (spec.z_loss_coef, z)}
         return extras | {name: weight * loss for name, (weight, loss) in weighted.items() if weight}
 
     def _counts(self, experts_SK: Tensor, load_E: Tensor, sequence: int) -> Tensor:
@@ -194,18 +198,18 @@ class MixtureOfExperts(nn.Module):
         Of all processes that have a part of the micro-batch, or of the global batch.
         """
         spec = self.spec
-        if spec.balance_over == "global_batch" and self.training:
+        if spec.aux_loss_scope == "global_batch" and self.training:
             return self._counted(load_E)
         counts = load_E
-        if spec.balance_over == "sequence":
+        if spec.aux_loss_scope == "sequence":
             counts = count_rows(experts_SK.reshape(-1, sequence * spec.top_k), spec.experts)
-        return remembered(lambda: self.exchange.micro_batch_counts(counts))
+        return remembered(lambda: self.dispatcher.micro_batch_counts(counts))
 
     def _counted(self, load_E: Tensor) -> Tensor:
         """Add a micro-batch to the counts of the step, those of all processes, once; a copy of the sum."""
 
         def add() -> Tensor:
-            self.step_counts_E = self.step_counts_E + self.exchange.total_counts(load_E)
+            self.step_counts_E = self.step_counts_E + self.dispatcher.total_counts(load_E)
             return self.step_counts_E
 
         return remembered(add)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mosaic_dist.model.recompute import remembered
+from mosaic_dist.model.activation_checkpointing import remembered
 from mosaic_dist.spec import Spec
 
 

@@ -13,58 +13,60 @@ GROUP_SCORES = 2
 class SigmoidTopK(Router, type="sigmoid_top_k"):
     """Sigmoid scores; the `top_k` best of score + correction are chosen, and weigh in by their score alone.
 
-    With `normalize` the weights of a token sum to `scale`, else each is the score times `scale`. With `groups` the
-    experts lie in that many groups of neighbours and only the best `top_groups` of them are chosen from.
+    With `normalize` the weights of a token sum to `scale`, else each is the score times `scale`. With `num_groups` the
+    experts lie in that many groups of neighbours and only the best `topk_groups` of them are chosen from.
 
-    The correction of each expert is a buffer outside the gradient, zero at the start. With a `correction_rate` it
-    balances the load without a loss (arXiv 2408.15664, algorithm 1): after each step it grows by the rate where an
+    The bias of each expert is a buffer outside the gradient, zero at the start. With an `expert_bias_update_rate`
+    it balances the load without a loss (arXiv 2408.15664, algorithm 1): after each step it grows by the rate where an
     expert was chosen less often than the mean in the global batch, and shrinks where more often; DeepSeek-V3 took
     0.001. It is kept by checkpoints and exports.
 
     The balance loss sees the scores divided by their sum over all experts (arXiv 2412.19437, equations 17 to 20) and
-    counts the choices that were made, correction included; `balance_over: sequence` is that paper's.
+    counts the choices that were made, bias included; `aux_loss_scope: sequence` is that paper's.
     """
 
     normalize: bool = True
     scale: PositiveFloat = 1.0
-    groups: Positive = 1
-    top_groups: Positive = 1
-    correction_rate: NonNegativeFloat = 0.0
+    num_groups: Positive = 1
+    topk_groups: Positive = 1
+    expert_bias_update_rate: NonNegativeFloat = 0.0
 
     def check_choice(self, experts: int, top_k: int) -> None:
         """The groups are equal, and enough experts are left in the best of them."""
-        if experts % self.groups:
-            raise SpecError("groups", f"{self.groups} must divide the experts ({experts})")
-        if self.top_groups > self.groups:
-            raise SpecError("top_groups", f"{self.top_groups} groups to choose, but there are {self.groups} groups")
-        left = experts // self.groups * self.top_groups
+        if experts % self.num_groups:
+            raise SpecError("num_groups", f"{self.num_groups} must divide the experts ({experts})")
+        if self.topk_groups > self.num_groups:
+            raise SpecError(
+                "topk_groups", f"{self.topk_groups} groups to choose, but there are {self.num_groups} groups"
+            )
+        left = experts // self.num_groups * self.topk_groups
         if top_k > left:
-            raise SpecError("top_groups", f"{self.top_groups} leaves {left} experts, but top_k is {top_k}")
+            raise SpecError("topk_groups", f"{self.topk_groups} leaves {left} experts, but top_k is {top_k}")
 
     def build(self, dim: int, experts: int, top_k: int, bias: bool) -> RouterModule:
-        """See `SigmoidTopKRouter`."""
+        """Router over `experts` scores, with a bias per expert."""
         return SigmoidTopKRouter(self, dim, experts, top_k, bias)
 
 
 class SigmoidTopKRouter(RouterModule):
-    """See `SigmoidTopK`. Buffer `correction` [experts] float32, part of the state of a run.
+    """Chooses by sigmoid scores plus a bias. Buffer `expert_bias` [experts] float32, part of the state of a run.
 
     It is made on the CPU whatever the default device: on the meta device it would have no zeros to start from.
     """
 
-    correction: Tensor
+    expert_bias: Tensor
 
     def __init__(self, spec: SigmoidTopK, dim: int, experts: int, top_k: int, bias: bool):
         super().__init__(dim, experts, top_k, bias)
         self.spec = spec
-        self.register_buffer("correction", torch.zeros(experts, dtype=torch.float32, device="cpu"))
+        self.register_buffer("expert_bias", torch.zeros(experts, dtype=torch.float32, device="cpu"))
 
     def choose(self, logits_SE: Tensor) -> Tensor:
-        """See `SigmoidTopK`."""
-        return self._best(logits_SE.sigmoid() + self.correction)
+        """The `top_k` largest biased scores of each token, within the best groups."""
+        return self._best(logits_SE.sigmoid() + self.expert_bias)
 
     def weigh(self, logits_SE: Tensor, experts_SK: Tensor) -> tuple[Tensor, Tensor]:
-        """See `SigmoidTopK`."""
+        """The chosen scores, normalised and scaled, and each token's scores divided by their sum."""
         scores_SE = logits_SE.sigmoid()
         weights_SK = scores_SE.gather(-1, experts_SK)
         if self.spec.normalize:
@@ -75,15 +77,15 @@ class SigmoidTopKRouter(RouterModule):
     @torch.no_grad()
     def balance(self, counts_E: Tensor) -> None:
         """Move the correction towards the experts that got too little; counts_E of a whole step."""
-        counts_E = counts_E.to(self.correction)
-        self.correction += self.spec.correction_rate * (counts_E.mean() - counts_E).sign()
+        counts_E = counts_E.to(self.expert_bias)
+        self.expert_bias += self.spec.expert_bias_update_rate * (counts_E.mean() - counts_E).sign()
 
     def _best(self, scores_SE: Tensor) -> Tensor:
         """Indices of the best experts of the best groups, [S, K]."""
-        if self.spec.groups > 1:
-            grouped = scores_SE.unflatten(-1, (self.spec.groups, -1))  # [S, groups, experts of a group]
+        if self.spec.num_groups > 1:
+            grouped = scores_SE.unflatten(-1, (self.spec.num_groups, -1))  # [S, groups, experts of a group]
             merit = grouped.topk(min(GROUP_SCORES, grouped.shape[-1]), dim=-1).values.sum(-1)
-            best = merit.topk(self.spec.top_groups, dim=-1).indices
+            best = merit.topk(self.spec.topk_groups, dim=-1).indices
             left_out = torch.ones_like(merit, dtype=torch.bool).scatter(-1, best, False)
             # -inf as in the reference code; the 0 of some others would win over a corrected score below it
             scores_SE = grouped.masked_fill(left_out[..., None], -torch.inf).flatten(-2)

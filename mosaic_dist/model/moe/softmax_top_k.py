@@ -15,23 +15,23 @@ class SoftmaxTopK(Router, type="softmax_top_k"):
     normalize: bool = True
 
     def build(self, dim: int, experts: int, top_k: int, bias: bool) -> RouterModule:
-        """See `SoftmaxTopKRouter`."""
+        """Router over `experts` logits."""
         return SoftmaxTopKRouter(dim, experts, top_k, bias, self.normalize)
 
 
 class SoftmaxTopKRouter(RouterModule):
-    """See `SoftmaxTopK`."""
+    """Weighs by a softmax over all experts, normalised over the chosen ones if asked."""
 
     def __init__(self, dim: int, experts: int, top_k: int, bias: bool, normalize: bool):
         super().__init__(dim, experts, top_k, bias)
         self.normalize = normalize
 
     def choose(self, logits_SE: Tensor) -> Tensor:
-        """See `SoftmaxTopK`."""
+        """The `top_k` largest logits of each token."""
         return logits_SE.softmax(-1).topk(self.top_k, dim=-1).indices
 
     def weigh(self, logits_SE: Tensor, experts_SK: Tensor) -> tuple[Tensor, Tensor]:
-        """See `SoftmaxTopK`."""
+        """The chosen probabilities, and all of them for the balance loss."""
         probs_SE = logits_SE.softmax(-1)
         weights_SK = probs_SE.gather(-1, experts_SK)
         if self.normalize:

@@ -13,17 +13,17 @@ class TopKSoftmax(Router, type="top_k_softmax"):
     """
 
     def build(self, dim: int, experts: int, top_k: int, bias: bool) -> RouterModule:
-        """See `TopKSoftmaxRouter`."""
+        """Router over `experts` logits."""
         return TopKSoftmaxRouter(dim, experts, top_k, bias)
 
 
 class TopKSoftmaxRouter(RouterModule):
-    """See `TopKSoftmax`."""
+    """Chooses by the logits and weighs by a softmax over the chosen ones."""
 
     def choose(self, logits_SE: Tensor) -> Tensor:
-        """See `TopKSoftmax`."""
+        """The `top_k` largest logits of each token."""
         return logits_SE.topk(self.top_k, dim=-1).indices
 
     def weigh(self, logits_SE: Tensor, experts_SK: Tensor) -> tuple[Tensor, Tensor]:
-        """See `TopKSoftmax`."""
+        """Softmax over the chosen logits, and over all of them for the balance loss."""
         return logits_SE.softmax(-1), logits_SE.gather(-1, experts_SK).softmax(-1)

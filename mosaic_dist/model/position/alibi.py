@@ -11,7 +11,7 @@ from mosaic_dist.model.position.position import Constants, HeadPosition, Positio
 class ALiBi(Position, type="alibi"):
     """Score - slope * distance, with a slope per head. Works at any length."""
 
-    def for_heads(self, heads: int, head_width: int) -> HeadPosition:
+    def for_heads(self, heads: int, head_dim: int) -> HeadPosition:
         """Slopes as in the paper's code: a geometric series, filled up by every other one of the next series."""
         return ALiBiBias(slopes(heads))
 
@@ -24,7 +24,7 @@ def slopes(heads: int) -> list[float]:
 
 
 class ALiBiBias(HeadPosition):
-    """See `ALiBi`."""
+    """Bias on attention scores that grows linearly with distance, with a slope per head."""
 
     def __init__(self, slopes_N: list[float]):
         self.slopes_N = slopes_N

@@ -10,19 +10,19 @@ from mosaic_dist.model.position.position import Position, PositionModule
 class Learned(Position, type="learned"):
     """A learned vector per position, up to the model's context length."""
 
-    def build(self, dim: int, context: int) -> PositionModule:
-        """weight [context, dim]."""
-        return LearnedPosition(dim, context)
+    def build(self, dim: int, max_seq_len: int) -> PositionModule:
+        """weight [max_seq_len, dim]."""
+        return LearnedPosition(dim, max_seq_len)
 
 
 class LearnedPosition(PositionModule):
-    """See `Learned`."""
+    """Adds a learned vector per position: weight [max_seq_len, dim]."""
 
     is_table = True
 
-    def __init__(self, dim: int, context: int):
+    def __init__(self, dim: int, max_seq_len: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(context, dim))
+        self.weight = nn.Parameter(torch.empty(max_seq_len, dim))
 
     def forward(self, x_BTD: Tensor, positions_BT: Tensor) -> Tensor:
         """Add weight[p] to the token at position p."""

@@ -55,11 +55,11 @@ class PositionModule(nn.Module):
 class Position(Spec):
     """Family of position encodings."""
 
-    def build(self, dim: int, context: int) -> PositionModule:
-        """What is done to the embeddings, for positions below `context`."""
+    def build(self, dim: int, max_seq_len: int) -> PositionModule:
+        """What is done to the embeddings, for positions below `max_seq_len`."""
         return PositionModule()
 
-    def for_heads(self, heads: int, head_width: int) -> HeadPosition:
+    def for_heads(self, heads: int, head_dim: int) -> HeadPosition:
         """What is done in an attention with so many heads of such a width."""
         return HeadPosition()
 

@@ -14,7 +14,7 @@ class Scaling(Spec):
 
     factor: PositiveFloat
 
-    def frequencies(self, plain: list[float], base: float, width: int) -> list[float]:
+    def frequencies(self, plain: list[float], theta: float, head_dim: int) -> list[float]:
         """Angles per position of each pair of dimensions, from the unscaled ones."""
         raise TypeError(f"{type(self).__name__} has no frequencies: choose a kind of scaling")
 
@@ -26,7 +26,7 @@ class Scaling(Spec):
 class LinearScaling(Scaling, type="linear"):
     """Positions divided by the factor (Chen et al., arXiv 2306.15595)."""
 
-    def frequencies(self, plain: list[float], base: float, width: int) -> list[float]:
+    def frequencies(self, plain: list[float], theta: float, head_dim: int) -> list[float]:
         """All lowered alike."""
         return [frequency / self.factor for frequency in plain]
 
@@ -34,35 +34,35 @@ class LinearScaling(Scaling, type="linear"):
 class NTKScaling(Scaling, type="ntk"):
     """A larger base, so that fast pairs stay and slow ones stretch by the factor ("NTK-aware", bloc97 2023)."""
 
-    def frequencies(self, plain: list[float], base: float, width: int) -> list[float]:
+    def frequencies(self, plain: list[float], theta: float, head_dim: int) -> list[float]:
         """base * factor^(width / (width - 2))."""
-        return _plain_frequencies(base * self.factor ** (width / (width - 2)), width)
+        return _plain_frequencies(theta * self.factor ** (head_dim / (head_dim - 2)), head_dim)
 
 
 class YaRN(Scaling, type="yarn"):
     """Slow pairs stretched, fast ones kept, a ramp between (Peng et al., arXiv 2309.00071).
 
-    The ramp runs over the pairs that turn `beta_slow` to `beta_fast` times within `original_context`; `truncate` rounds
-    its ends to whole pairs, as the paper's code does and gpt-oss does not. Attention is sharpened by 0.1 ln(factor) + 1
-    on queries and keys each, unless `attention_factor` says otherwise.
+    The ramp runs over the pairs that turn `beta_slow` to `beta_fast` times within `original_max_seq_len`; `truncate`
+    rounds its ends to whole pairs, as the paper's code does and gpt-oss does not. Attention is sharpened by 0.1
+    ln(factor) + 1 on queries and keys each, unless `attention_factor` says otherwise.
     """
 
-    original_context: Positive
+    original_max_seq_len: Positive
     beta_fast: PositiveFloat = 32.0
     beta_slow: PositiveFloat = 1.0
     truncate: bool = True
     attention_factor: PositiveFloat | None = None
 
-    def frequencies(self, plain: list[float], base: float, width: int) -> list[float]:
+    def frequencies(self, plain: list[float], theta: float, head_dim: int) -> list[float]:
         """Interpolated below the ramp, as they are above it."""
 
         def pair_of(turns: float) -> float:
-            return width * math.log(self.original_context / (turns * 2 * math.pi)) / (2 * math.log(base))
+            return head_dim * math.log(self.original_max_seq_len / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
         low, high = pair_of(self.beta_fast), pair_of(self.beta_slow)
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
-        low, high = max(low, 0), min(high, width - 1)
+        low, high = max(low, 0), min(high, head_dim - 1)
         high = high if high > low else low + 0.001
         kept = [1 - min(max((i - low) / (high - low), 0.0), 1.0) for i in range(len(plain))]
         return [f * share + f / self.factor * (1 - share) for f, share in zip(plain, kept, strict=True)]
@@ -74,17 +74,17 @@ class YaRN(Scaling, type="yarn"):
 
 
 class Llama3Scaling(Scaling, type="llama3"):
-    """Wavelengths beyond `original_context / low_frequency_factor` stretched, short ones kept (Llama 3.1)."""
+    """Wavelengths beyond `original_max_seq_len / low_frequency_factor` stretched, short ones kept (Llama 3.1)."""
 
-    original_context: Positive = 8192
+    original_max_seq_len: Positive = 8192
     low_frequency_factor: PositiveFloat = 1.0
     high_frequency_factor: PositiveFloat = 4.0
 
-    def frequencies(self, plain: list[float], base: float, width: int) -> list[float]:
+    def frequencies(self, plain: list[float], theta: float, head_dim: int) -> list[float]:
         """Interpolated by wavelength."""
         out = []
         for frequency in plain:
-            turns = self.original_context * frequency / (2 * math.pi)
+            turns = self.original_max_seq_len * frequency / (2 * math.pi)
             spread = self.high_frequency_factor - self.low_frequency_factor
             share = min(max((turns - self.low_frequency_factor) / spread, 0.0), 1.0)
             out.append(share * frequency + (1 - share) * frequency / self.factor)
@@ -97,33 +97,37 @@ class RoPE(Position, type="rope"):
     Dimension i is paired with i + H/2, as in GPT-NeoX and in the Hugging Face form of Llama.
     """
 
-    base: PositiveFloat = 10_000.0
+    theta: PositiveFloat = 10_000.0
     scaling: Scaling | None = None
 
-    def for_heads(self, heads: int, head_width: int) -> HeadPosition:
+    def for_heads(self, heads: int, head_dim: int) -> HeadPosition:
         """Angles for heads of this width, which must be even."""
-        if head_width % 2:
-            raise SpecError("position", f"rotary positions need an even head width, not {head_width}")
-        return Rotation(self, head_width)
+        if head_dim % 2:
+            raise SpecError("position", f"rotary positions need an even head width, not {head_dim}")
+        return Rotation(self, head_dim)
 
 
 class DecoupledRoPE(RoPE, type="decoupled_rope"):
-    """Rotary positions on `width` dimensions beside the position-free ones, for MLA (DeepSeek-V2, arXiv 2405.04434)."""
+    """Rotary positions on `rope_head_dim` dimensions beside the position-free ones, for MLA (DeepSeek-V2, arXiv
+    2405.04434).
+    """
 
-    width: Positive = 32
+    rope_head_dim: Positive = 32
 
 
-def _plain_frequencies(base: float, width: int) -> list[float]:
-    return [base ** (-2 * i / width) for i in range(width // 2)]
+def _plain_frequencies(theta: float, head_dim: int) -> list[float]:
+    return [theta ** (-2 * i / head_dim) for i in range(head_dim // 2)]
 
 
 class Rotation(HeadPosition):
-    """See `RoPE`. Angles are made in float32 for the positions at hand, so nothing is stored or limited in length."""
+    """Applies `RoPE`. Angles are made in float32 for the positions at hand, so nothing is stored or limited in
+    length.
+    """
 
-    def __init__(self, spec: RoPE, head_width: int):
-        plain = _plain_frequencies(spec.base, head_width)
+    def __init__(self, spec: RoPE, head_dim: int):
+        plain = _plain_frequencies(spec.theta, head_dim)
         scaling = spec.scaling
-        self.frequencies = plain if scaling is None else scaling.frequencies(plain, spec.base, head_width)
+        self.frequencies = plain if scaling is None else scaling.frequencies(plain, spec.theta, head_dim)
         self.magnitude = 1.0 if scaling is None else scaling.magnitude()
         self._kept = Constants(self.frequencies)
 

@@ -10,15 +10,15 @@ from mosaic_dist.spec import PositiveFloat
 class Sinusoidal(Position, type="sinusoidal"):
     """sin and cos of position / base^(2i / dim), interleaved. Works at any length."""
 
-    base: PositiveFloat = 10_000.0
+    theta: PositiveFloat = 10_000.0
 
-    def build(self, dim: int, context: int) -> PositionModule:
+    def build(self, dim: int, max_seq_len: int) -> PositionModule:
         """Nothing to learn."""
-        return SinusoidalPosition(dim, self.base)
+        return SinusoidalPosition(dim, self.theta)
 
 
 class SinusoidalPosition(PositionModule):
-    """See `Sinusoidal`."""
+    """Adds fixed sines and cosines of the position to the embeddings."""
 
     def __init__(self, dim: int, base: float):
         super().__init__()

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from mosaic_dist.data import Data
-from mosaic_dist.data.ahead import one_ahead, read_rows
 from mosaic_dist.data.batch import FILLER
+from mosaic_dist.data.prefetch import prefetch, read_rows
 from mosaic_dist.data.stream import Loader, ValidationBatches
 from tests.launch import ROOT
 
@@ -28,7 +28,7 @@ def test_one_item_is_made_ahead_and_no_more():
             made.append(number)
             yield number
 
-    ahead = one_ahead(items())
+    ahead = prefetch(items())
     assert next(ahead) == 0
     allowed.release()
     while len(made) < 2:  # nobody asked for it
@@ -49,11 +49,11 @@ def test_an_error_comes_when_its_item_is_asked_for():
         yield 2
         raise ValueError("third")
 
-    ahead = one_ahead(items())
+    ahead = prefetch(items())
     assert [next(ahead), next(ahead)] == [1, 2]
     with pytest.raises(ValueError, match="third"):
         next(ahead)
-    assert list(one_ahead(item for item in ())) == []
+    assert list(prefetch(item for item in ())) == []
 
 
 def test_closing_ends_the_thread():
@@ -65,7 +65,7 @@ def test_closing_ends_the_thread():
         finally:
             closed.append(threading.active_count())
 
-    with contextlib.closing(one_ahead(items())) as ahead:
+    with contextlib.closing(prefetch(items())) as ahead:
         assert next(ahead) == 0
         assert threading.active_count() == before + 1
     assert threading.active_count() == before
@@ -74,7 +74,7 @@ def test_closing_ends_the_thread():
 
 STUCK = """
 import sys, time, numpy
-from mosaic_dist.data import ahead
+from mosaic_dist.data import prefetch
 
 class Stuck:
     seq_len, dtype, answer_loss = 0, numpy.dtype(numpy.int64), None
@@ -84,9 +84,9 @@ class Stuck:
             time.sleep(100)
         return samples[:, None]
 
-ahead.CLOSING_SECONDS = 0.2
+prefetch.CLOSING_SECONDS = 0.2
 steps = (numpy.array([i]) for i in range(9))
-batches = ahead.one_ahead(item for item in ahead.read_rows(Stuck(), steps, int(sys.argv[1])))
+batches = prefetch.prefetch(item for item in prefetch.read_rows(Stuck(), steps, int(sys.argv[1])))
 assert [int(next(batches)[0][0]) for _ in range(3)] == [0, 1, 2]
 batches.close()
 print("closed", flush=True)

@@ -12,7 +12,7 @@ import pytest
 from mosaic_dist.data.prepare import prepare
 from mosaic_dist.data.tokenizer import train_bpe
 from mosaic_dist.parallel import Parallel
-from mosaic_dist.train.watch import HUNG_EXIT_CODE, Sign, accused
+from mosaic_dist.train.watchdog import HUNG_EXIT_CODE, Heartbeat, accused
 from tests.data.conftest import make_documents
 from tests.launch import check, run_ranks
 from tests.train.hanging_run import LIMIT_SECONDS
@@ -71,7 +71,7 @@ def test_nothing_is_left_of_a_run_that_went_well(tmp_path):
 
 
 def test_who_is_accused():
-    here = Sign(beat=9, host="a", step=7, part=1, phase="update", seconds=30.0, waits=True, stack="")
+    here = Heartbeat(beat=9, host="a", step=7, part=1, phase="update", seconds=30.0, waits=True, stack="")
     before = [replace(here, beat=8)] * 4
     waits, earlier = here, replace(here, part=0, phase="data", waits=False)
     later = replace(here, step=8, part=3, waits=False)

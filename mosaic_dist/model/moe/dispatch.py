@@ -8,15 +8,15 @@ from mosaic_dist.model.ffn import Experts
 from mosaic_dist.model.rows import Rows
 
 
-class LocalExchange(nn.Module):
+class LocalDispatcher(nn.Module):
     """All experts are here, so rows stay where they are. Other exchanges keep this interface."""
 
-    def forward(self, x_SD: Tensor, rows: Rows, experts: Experts, meanwhile: Callable[[], None]) -> Tensor:
+    def forward(self, x_SD: Tensor, rows: Rows, experts: Experts, overlap_fn: Callable[[], None]) -> Tensor:
         """x_SD -> [S, D], for each token the sum over its choices of weight times expert.
 
-        `meanwhile` is work that needs nothing of it; where rows travel, it is done while they are on their way.
+        `overlap_fn` is work that needs nothing of it; where rows travel, it is done while they are on their way.
         """
-        meanwhile()
+        overlap_fn()
         return experts(x_SD, rows)
 
     def total_counts(self, counts_E: Tensor) -> Tensor:

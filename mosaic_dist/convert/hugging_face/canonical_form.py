@@ -36,7 +36,7 @@ def need(value: Spec, kind: type[S], path: str) -> S:
     return value
 
 
-def canonical(spec: Transformer) -> Transformer:
+def canonical_form(spec: Transformer) -> Transformer:
     """The spec with defaults written out, like things in one form, and without what plays no part in the logits.
 
     Left out are dropout, initial values, kernels, the form of the loss and balance losses: they are the training's.
@@ -45,25 +45,23 @@ def canonical(spec: Transformer) -> Transformer:
         dataclasses.replace(  # the block keeps its kind, and what else it has: twins are compared with all of it
             block, attention=_canonical_attention(block.attention, spec), ffn=_canonical_ffn(block.ffn), dropout=0.0
         )
-        for block in spec.blocks
+        for block in spec.layers
     )
-    return dataclasses.replace(spec, blocks=blocks, init=Init(), loss=Loss())
+    return dataclasses.replace(spec, layers=blocks, init=Init(), loss=Loss())
 
 
 def _canonical_attention(attention: Attention, spec: Transformer) -> Attention:
     if isinstance(attention, MLA):
-        head_width = attention.head_width or spec.dim // attention.heads
-        value_width = attention.value_width or head_width
-        return dataclasses.replace(
-            attention, head_width=head_width, value_width=value_width, dropout=0.0, kernel="sdpa"
-        )
+        head_dim = attention.head_dim or spec.dim // attention.heads
+        v_head_dim = attention.v_head_dim or head_dim
+        return dataclasses.replace(attention, head_dim=head_dim, v_head_dim=v_head_dim, dropout=0.0, kernel="sdpa")
     if not isinstance(attention, SoftmaxAttention):
         return attention
     plain = {name: getattr(attention, name) for name in fields(SoftmaxAttention)}
-    plain["head_width"] = attention.head_width or spec.dim // attention.heads
+    plain["head_dim"] = attention.head_dim or spec.dim // attention.heads
     plain["output_bias"] = attention.bias if attention.output_bias is None else attention.output_bias
     plain["dropout"] = 0.0
-    plain["kernel"] = "sdpa" if attention.soft_cap is None else "explicit"
+    plain["kernel"] = "sdpa" if attention.logit_softcap is None else "explicit"
     if not attention.qk_norm:
         del plain["qk_norm_eps"]
     elif attention.qk_norm_eps is None:
@@ -76,9 +74,9 @@ def _canonical_ffn(ffn: FFN) -> FFN:
         ffn = ffn.written_out()
     if not isinstance(ffn, MoE):
         return ffn
-    expert = dataclasses.replace(ffn.expert, width=ffn.expert.width // ffn.split)
+    expert = dataclasses.replace(ffn.expert, hidden_dim=ffn.expert.hidden_dim // ffn.split)
     router = SoftmaxTopK(normalize=True) if isinstance(ffn.router, TopKSoftmax) else ffn.router
-    return dataclasses.replace(ffn, expert=expert, split=1, router=router, balance_weight=0.0)
+    return dataclasses.replace(ffn, expert=expert, split=1, router=router, aux_loss_coef=0.0)
 
 
 def first_difference(here: Any, there: Any, path: str = "") -> str | None:
@@ -98,9 +96,9 @@ def first_difference(here: Any, there: Any, path: str = "") -> str | None:
     return None if here == there else f"{path} is {here!r}, and would be {there!r}"
 
 
-def mixtures(spec: Transformer) -> list[MoE]:
+def moe_layers(spec: Transformer) -> list[MoE]:
     """The mixtures of experts among the (canonical) blocks; `Misfit` if there are none."""
-    found = [block.ffn for block in spec.blocks if isinstance(block.ffn, MoE)]
+    found = [block.ffn for block in spec.layers if isinstance(block.ffn, MoE)]
     if not found:
         raise Misfit("no block has a mixture of experts")
     return found

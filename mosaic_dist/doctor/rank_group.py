@@ -13,7 +13,7 @@ T = TypeVar("T")
 SHOWN = 4
 
 
-class Party:
+class RankGroup:
     """All ranks and their hosts. Every rank makes one, and calls what says so."""
 
     def __init__(self, world: World):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from mosaic_dist.compare.story import NoRecordsError, duration, labels, read_story
+from mosaic_dist.compare.history import NoRecordsError, duration, labels, read_history
 from mosaic_dist.errors import UserError
 from mosaic_dist.model import flops_per_token
 from recipes.sweeps.small import run as small
@@ -22,7 +22,7 @@ def folder(tmp_path):
 
 
 def test_axes(folder):
-    story = read_story(folder)
+    story = read_history(folder)
     assert story.along("step") == [1, 2, 5]
     assert story.along("tokens") == [BATCH, 2 * BATCH, 5 * BATCH]
     assert story.along("time") == [2.0, 3.0, 3.0 + 3 * 0.5]
@@ -37,7 +37,7 @@ def test_axes(folder):
 def test_a_cut_last_line_is_left_out(folder):
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 6, "tokens"')
-    assert read_story(folder).along("step") == [1, 2, 5]
+    assert read_history(folder).along("step") == [1, 2, 5]
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_other_lines_are_named(folder, line, says):
     good = (folder / "metrics.jsonl").read_bytes()
     (folder / "metrics.jsonl").write_bytes(good + line + b'{"step": 9}\n')
     with pytest.raises(UserError, match=r"metrics\.jsonl:4: ") as caught:
-        read_story(folder)
+        read_history(folder)
     assert says in str(caught.value)
     assert "remove" in str(caught.value)
 
@@ -68,24 +68,24 @@ def test_other_lines_are_named(folder, line, says):
 def test_a_run_without_records_and_what_is_no_run(folder, tmp_path):
     (folder / "metrics.jsonl").write_text('{"step": 1, "to')
     with pytest.raises(NoRecordsError, match=r"metrics\.jsonl has no records"):
-        read_story(folder)
+        read_history(folder)
     (folder / "metrics.jsonl").unlink()
     with pytest.raises(NoRecordsError):
-        read_story(folder)
+        read_history(folder)
     (folder / "run.yaml").write_text("name: [")
     with pytest.raises(UserError, match=r"run/run\.yaml: not valid YAML"):
-        read_story(folder)
+        read_history(folder)
     (folder / "run.yaml").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match=r"run/run\.yaml: "):
-        read_story(folder)
+        read_history(folder)
     with pytest.raises(UserError, match="nowhere is no folder"):
-        read_story(tmp_path / "nowhere")
+        read_history(tmp_path / "nowhere")
 
 
 def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
     first, other = (write_run(tmp_path / name, [record(1, 2.0)], name="same") for name in ("a", "b"))
     third = write_run(tmp_path / "c", [record(1, 2.0)])
-    stories = [read_story(path) for path in (first, other, third)]
+    stories = [read_history(path) for path in (first, other, third)]
     assert labels(stories) == [str(first), str(other), "c"]
 
 

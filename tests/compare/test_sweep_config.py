@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 
 from mosaic_dist.cli import parse_words
-from mosaic_dist.compare.sheet import Sweep, plan_runs, with_flags, written
-from mosaic_dist.compare.story import read_spec
+from mosaic_dist.compare.history import read_spec
 from mosaic_dist.compare.sweep import sweep
+from mosaic_dist.compare.sweep_config import SweepConfig, plan_runs, with_flags, written
 from mosaic_dist.errors import UserError
 from mosaic_dist.model import count_parameters
-from mosaic_dist.plan.command import load_run
+from mosaic_dist.plan.command import load_recipe
 from mosaic_dist.spec import override
 from recipes.sweeps.small import run as small
 from tests.launch import ROOT
@@ -21,7 +21,7 @@ recipe: recipes/sweeps/small.py
 flags: {steps: 7, schedule.warmup_steps: 0, data: d}
 variants:
   plain: {}
-  gelu: {model.blocks.ffn: {type: gelu, width: 64}, steps: 9}
+  gelu: {model.layers.ffn: {type: gelu, hidden_dim: 64}, steps: 9}
 grid:
   optimizer.learning_rate: [1e-3, 0.5]
 seeds: [0, 3]
@@ -40,7 +40,7 @@ def sheet(folder: Path, text: str) -> Path:
 
 
 def planned(folder: Path, text: str, **more):
-    return plan_runs(read_spec(Sweep, sheet(folder, text)), more, folder / "out")
+    return plan_runs(read_spec(SweepConfig, sheet(folder, text)), more, folder / "out")
 
 
 def test_every_variant_with_every_value_and_seed(tmp_path):
@@ -55,7 +55,7 @@ def test_every_variant_with_every_value_and_seed(tmp_path):
     expected = override(
         small,
         {"name": "gelu_learning_rate_0.5_seed3", "seed": 3, "steps": 9, "schedule.warmup_steps": 0, "data.path": "d",
-         "batch_tokens": 4096, "optimizer.learning_rate": 0.5, "model.blocks.ffn": {"type": "gelu", "width": 64}},
+         "batch_tokens": 4096, "optimizer.learning_rate": 0.5, "model.layers.ffn": {"type": "gelu", "hidden_dim": 64}},
     )  # fmt: skip
     assert runs["gelu_learning_rate_0.5_seed3"] == expected
 
@@ -63,11 +63,11 @@ def test_every_variant_with_every_value_and_seed(tmp_path):
 def test_the_words_make_the_run_that_was_planned(tmp_path):
     """What a process makes of its command line is what was checked."""
     for path in SHEETS:
-        for one in plan_runs(read_spec(Sweep, path), {"data": "it's=0.5,b=0.5", "expert_parallel": 1}, tmp_path):
+        for one in plan_runs(read_spec(SweepConfig, path), {"data": "it's=0.5,b=0.5", "expert_parallel": 1}, tmp_path):
             script, *words = one.command
             _, flags = parse_words(words)
             assert Path(flags.pop("output")) == tmp_path / one.name
-            assert with_flags(load_run(script), flags) == one.run
+            assert with_flags(load_recipe(script), flags) == one.run
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_the_words_make_the_run_that_was_planned(tmp_path):
     [
         True, None, 3, -1.5, 1e-7, "", "a b", "work/data", "3", "None", "True", "it's", "{a: 1}", "[1", "1e-3",
         "a=b", "-x", [], [1, "two", None],
-        {"type": "moe", "expert": {"type": "swiglu", "width": 8}, "z": [False, "if", "a-b"]},
+        {"type": "moe", "expert": {"type": "swiglu", "hidden_dim": 8}, "z": [False, "if", "a-b"]},
     ],
 )  # fmt: skip
 def test_a_value_passes_the_command_line(value):
@@ -93,10 +93,10 @@ def test_yaml_runs(tmp_path):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (("width: 64", "widht: 64"), "_0.001_seed0: model.blocks[0].ffn.widht: gelu has no such field"),
+        (("hidden_dim: 64", "hiden_dim: 64"), "_0.001_seed0: model.layers[0].ffn.hiden_dim: gelu has no such field"),
         (("0.5]", "-1]"), "run plain_learning_rate_-1_seed0: optimizer.learning_rate: -1.0 must be at least"),
         (("steps: 9", "step: 9"), "run gelu_learning_rate_0.001_seed0: step: Run has no such field; did you mean"),
-        (("width: 64", "width: 64, matrix: {type: unit, scaled: 3}"), "expected bool"),
+        (("hidden_dim: 64", "hidden_dim: 64, linear: {type: unit, scaled: 3}"), "expected bool"),
         (("seeds: [0, 3]", "seeds: []"), "sheet.yaml: seeds: the list is empty"),
         (("[1e-3, 0.5]", "[]"), "grid.optimizer.learning_rate: the list is empty"),
         (("plain: {}", "plain: {seed: 4}"), "variants.plain: seed is what the sweep sets"),
@@ -116,9 +116,11 @@ def test_what_is_refused(tmp_path, change, says):
 
 def test_what_the_model_and_the_data_refuse_is_told_before_a_run_starts(tmp_path):
     """The last run is wrong: nothing is there afterwards."""
-    path = sheet(tmp_path, SHEET.replace("width: 64", "width: 64}, model.blocks.attention: {type: mha, heads: 3"))
+    path = sheet(
+        tmp_path, SHEET.replace("hidden_dim: 64", "hidden_dim: 64}, model.layers.attention: {type: mha, heads: 3")
+    )
     with pytest.raises(
-        UserError, match=r"run gelu_learning_rate_0.001_seed0: model.blocks\[0\].attention.heads: 3 heads"
+        UserError, match=r"run gelu_learning_rate_0.001_seed0: model.layers\[0\].attention.heads: 3 heads"
     ):
         sweep(str(path), output=str(tmp_path / "out"))
     with pytest.raises(UserError, match=r"run plain_learning_rate_0.001_seed0: .*nowhere"):
@@ -145,7 +147,7 @@ def test_a_folder_with_another_run_is_refused(tmp_path):
 def test_the_sweeps_that_come_along(path, tmp_path, capsys):
     sweep(str(path), output=str(tmp_path), dry_run=True)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 * len(plan_runs(read_spec(Sweep, path), {}, tmp_path))
+    assert len(lines) == 2 * len(plan_runs(read_spec(SweepConfig, path), {}, tmp_path))
     assert all("parameters" in line for line in lines[::2])
     assert all(line.startswith("  deepspeed ") for line in lines[1::2])
     assert list(tmp_path.iterdir()) == []
@@ -153,7 +155,7 @@ def test_the_sweeps_that_come_along(path, tmp_path, capsys):
 
 def active(name: str) -> dict[str, int]:
     """Active parameters by variant, of the first seed."""
-    runs = plan_runs(read_spec(Sweep, ROOT / "recipes" / "sweeps" / f"{name}.yaml"), {}, Path("none"))
+    runs = plan_runs(read_spec(SweepConfig, ROOT / "recipes" / "sweeps" / f"{name}.yaml"), {}, Path("none"))
     return {one.name.removesuffix("_seed0"): count_parameters(one.run.model).active for one in runs if not one.run.seed}
 
 

@@ -23,7 +23,7 @@ class UnknownFormatError(CheckpointError):
     """A checkpoint that another version of this package wrote. It may be whole: never pass over or replace it."""
 
 
-class Piece(NamedTuple):
+class TensorShard(NamedTuple):
     """The elements [start, start + len(data)) of one kind of one flattened global tensor.
 
     `tensor` is the global parameter name, `kind` what is stored of it ("master", "exp_avg", "buffer", ...), `data` is
@@ -36,7 +36,7 @@ class Piece(NamedTuple):
     data: Tensor
 
 
-class Interval(NamedTuple):
+class TensorSlice(NamedTuple):
     """A piece without its data: what the ranks tell each other before anything is written. `stop` is exclusive."""
 
     tensor: str
@@ -57,13 +57,13 @@ def merge_shapes(shapes: Iterable[Mapping[str, tuple[int, ...]]]) -> dict[str, t
     return merged
 
 
-def check_tiling(intervals: Iterable[Interval], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def check_tiling(intervals: Iterable[TensorSlice], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Check that the intervals of each (tensor, kind) cover every element exactly once, all in one dtype.
 
     A tensor of `shapes` of which nothing was given is a hole too. Raises CheckpointError with names and element
     numbers.
     """
-    grouped: dict[tuple[str, str], list[Interval]] = {}
+    grouped: dict[tuple[str, str], list[TensorSlice]] = {}
     for interval in intervals:
         grouped.setdefault((interval.tensor, interval.kind), []).append(interval)
     given = {tensor for tensor, _ in grouped}
@@ -82,7 +82,7 @@ def check_tiling(intervals: Iterable[Interval], shapes: Mapping[str, tuple[int, 
         raise CheckpointError(f"the pieces are not every element exactly once: {'; '.join(told)}")
 
 
-def _gaps_and_overlaps(name: str, group: Sequence[Interval], elements: int) -> list[str]:
+def _gaps_and_overlaps(name: str, group: Sequence[TensorSlice], elements: int) -> list[str]:
     """Problems of one (tensor, kind), in words; element ranges are half open."""
     problems = []
     reached, writer = 0, -1

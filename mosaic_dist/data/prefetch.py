@@ -66,7 +66,7 @@ class Background:
                 future.set_exception(error)
 
 
-def one_ahead(items: Generator[T, None, None]) -> Generator[T, None, None]:
+def prefetch(items: Generator[T, None, None]) -> Generator[T, None, None]:
     """The items, each made by a thread while the caller uses the one before.
 
     What making an item raises comes when it is asked for. Closing also closes `items`, after the one in the making.

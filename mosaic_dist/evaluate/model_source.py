@@ -27,7 +27,7 @@ from mosaic_dist.spec import Positive, Spec, SpecError
 Dtype = Literal["fp32", "bf16"]
 
 
-class Subject(Spec):
+class ModelSource(Spec):
     """A model, by where it lies: the folder `model`, or a `run`, of which `step` is a checkpoint before the newest.
 
     `name` is what tables call it; by default the folder's last name, and the step.
@@ -38,7 +38,7 @@ class Subject(Spec):
     step: Positive | None = None
     name: str = ""
 
-    def check(self) -> None:
+    def validate(self) -> None:
         """There is one place."""
         if bool(self.model) == bool(self.run):
             raise SpecError("model", "give either model (an exported model) or run (a run folder)")
@@ -51,7 +51,7 @@ class Subject(Spec):
         step = f" step {self.step}" if self.step is not None else ""
         return self.name or Path(self.model or self.run).name + step
 
-    def open(self) -> "Opened":
+    def open(self) -> "LoadedModel":
         """Look at the folder; weights are read when they are asked for. UserError for what is no model."""
         if self.run:
             return _open_run(self.run, self.step)
@@ -59,7 +59,7 @@ class Subject(Spec):
 
 
 @dataclass
-class Opened:
+class LoadedModel:
     """A model that is there. `facts` tell which one it is, `tokenizer_path` is a file, or a folder that holds one."""
 
     facts: dict[str, Any]
@@ -94,26 +94,26 @@ def _is_ours(path: Path) -> bool:
         return not (path / "config.json").exists()
 
 
-def _open_exported(model: str) -> Opened:
+def _open_exported(model: str) -> LoadedModel:
     def refuse() -> AbstractContextManager[Path]:
         raise UserError(
             f"{model} is in our own form, and lm_eval needs Hugging Face's: use `export --format hf`, or --run"
         )
 
-    return Opened({"model": model}, Path(model), lambda: load_exported(model), refuse)
+    return LoadedModel({"model": model}, Path(model), lambda: load_exported(model), refuse)
 
 
-def _open_hugging_face(model: str) -> Opened:
+def _open_hugging_face(model: str) -> LoadedModel:
     @contextlib.contextmanager
     def proven() -> Iterator[Path]:
         read_weight_map(Path(model))  # transformers has rules of its own for a folder with files of two models
         prove_files(Path(model))
         yield Path(model)
 
-    return Opened({"model": model}, Path(model), lambda: _build(*import_folder(model)), proven)
+    return LoadedModel({"model": model}, Path(model), lambda: _build(*import_folder(model)), proven)
 
 
-def _open_run(run: str, step: int | None) -> Opened:
+def _open_run(run: str, step: int | None) -> LoadedModel:
     folder, checkpoint = choose_checkpoint(run, None, step)
     spec = read_run(folder / RUN_YAML).model
     tensors = CheckpointTensors(checkpoint)
@@ -123,7 +123,7 @@ def _open_run(run: str, step: int | None) -> Opened:
         with tempfile.TemporaryDirectory(prefix="mosaic_") as place:
             yield export_folder(spec, tensors, Path(place) / folder.name, "fp32", folder / "tokenizer.json")
 
-    return Opened(
+    return LoadedModel(
         {"run": run, "step": checkpoint.step},
         folder / "tokenizer.json",
         lambda: _build(spec, tensors.items()),

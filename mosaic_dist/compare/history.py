@@ -28,7 +28,7 @@ class NoRecordsError(UserError):
 
 
 @dataclass(frozen=True)
-class Story:
+class RunHistory:
     """A run as its folder tells it."""
 
     path: Path
@@ -101,7 +101,7 @@ def read_spec(cls: type[S], path: Path) -> S:
         raise UserError(f"{path}: {error}") from None
 
 
-def read_story(folder: str | Path) -> Story:
+def read_history(folder: str | Path) -> RunHistory:
     """The story of a run folder, or of the run that a checkpoint lies in.
 
     UserError for what is neither, and for broken files; NoRecordsError for a run without records.
@@ -115,21 +115,21 @@ def read_story(folder: str | Path) -> Story:
     records, experts = split_experts(_checked(place.metrics))
     if not records:
         raise NoRecordsError(f"{place.metrics} has no records: the run has not taken a step yet")
-    return Story(place.path, run, records, experts)
+    return RunHistory(place.path, run, records, experts)
 
 
-def read_stories(folder: Path) -> tuple[list[Story], list[str]]:
+def read_histories(folder: Path) -> tuple[list[RunHistory], list[str]]:
     """The stories of a run, or of the runs in a folder, by name; and the folders there whose runs have told nothing.
 
     UserError where there is no run.
     """
     runs = sorted(path.parent for path in folder.glob(f"*/{RUN_YAML}")) if not (folder / RUN_YAML).exists() else []
     if not runs:
-        return [read_story(folder)], []
+        return [read_history(folder)], []
     stories, silent = [], []
     for run in runs:
         try:
-            stories.append(read_story(run))
+            stories.append(read_history(run))
         except NoRecordsError:
             silent.append(run.name)
     return stories, silent
@@ -156,7 +156,7 @@ def _checked(path: Path) -> Iterator[dict[str, Any]]:
         yield record
 
 
-def labels(stories: Sequence[Story]) -> list[str]:
+def labels(stories: Sequence[RunHistory]) -> list[str]:
     """A name of each run that tells it from the others: its own, or its folder where two have the same."""
     times = Counter(story.run.name for story in stories)
     return [story.run.name if times[story.run.name] == 1 else str(story.path) for story in stories]

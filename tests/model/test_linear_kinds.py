@@ -32,12 +32,12 @@ from mosaic_dist.model import (
     Sinusoidal,
     SwiGLU,
     Table,
-    TernaryMatrix,
+    TernaryLinearKind,
     Tied,
     TopKSoftmax,
     Transformer,
     UnitHead,
-    UnitMatrix,
+    UnitLinearKind,
     UnitNorm,
     Untied,
     YaRN,
@@ -47,15 +47,15 @@ from mosaic_dist.spec import SpecError, override
 ATTENTIONS = {
     "mha": MHA(heads=4),
     "gqa": GQA(heads=4, kv_heads=2, qk_norm=True),
-    "mqa": MQA(heads=4, window=5, sinks=True),
+    "mqa": MQA(heads=4, sliding_window=5, attention_sinks=True),
     "mla": MLA(heads=4, kv_compression_dim=8, q_compression_dim=12),
     "linear": LinearAttention(heads=4, chunk=4),
 }
 POSITIONS = {
     "learned": Learned(),
     "sinusoidal": Sinusoidal(),
-    "rope": RoPE(scaling=YaRN(factor=4.0, original_context=8)),
-    "decoupled": DecoupledRoPE(width=4),
+    "rope": RoPE(scaling=YaRN(factor=4.0, original_max_seq_len=8)),
+    "decoupled": DecoupledRoPE(rope_head_dim=4),
     "alibi": ALiBi(),
     "none": NoPosition(),
 }
@@ -81,10 +81,10 @@ def one_thread():
 
 def make(attention: str, position: str, shell: int = 0, kind: str = "prenorm") -> Transformer:
     norm, head, embedding = SHELLS[shell]
-    dense, sparse = SwiGLU(width=24), MoE(expert=SwiGLU(width=16), experts=4, top_k=2)
+    dense, sparse = SwiGLU(hidden_dim=24), MoE(expert=SwiGLU(hidden_dim=16), experts=4, top_k=2)
     return Transformer(
-        vocab=23, dim=16, context=16, embedding=embedding, norm=norm, head=head, position=POSITIONS[position],
-        blocks=tuple(BLOCKS[kind](attention=ATTENTIONS[attention], ffn=ffn) for ffn in (dense, sparse)),
+        vocab_size=23, dim=16, max_seq_len=16, embedding=embedding, norm=norm, head=head, position=POSITIONS[position],
+        layers=tuple(BLOCKS[kind](attention=ATTENTIONS[attention], ffn=ffn) for ffn in (dense, sparse)),
     )  # fmt: skip
 
 
@@ -111,15 +111,19 @@ def test_it_learns_and_its_cache_changes_nothing(attention, position, kind):
 
 
 FFNS = {
-    "gelu": GELU(width=24, bias=True),
-    "geglu": GEGLU(width=24),
-    "clamped": ClampedSwiGLU(width=24, bias=True),
-    "ternary": SwiGLU(width=24, matrix=TernaryMatrix()),
-    "unit": ClampedSwiGLU(width=24, bias=True, matrix=UnitMatrix()),
-    "moe_ternary": MoE(expert=GELU(width=16, matrix=TernaryMatrix()), experts=4, shared_experts=1),
-    "moe_unit": MoE(expert=SwiGLU(width=16, matrix=UnitMatrix()), experts=4, shared_experts=1),
-    "fine_grained": MoE(expert=SwiGLU(width=32), split=4, experts=8, top_k=3, shared_experts=1, router=TopKSoftmax()),
-    "grouped": MoESwiGLU(width=16, experts=8, top_k=2, router=SigmoidTopK(groups=4, top_groups=2), router_bias=True),
+    "gelu": GELU(hidden_dim=24, bias=True),
+    "geglu": GEGLU(hidden_dim=24),
+    "clamped": ClampedSwiGLU(hidden_dim=24, bias=True),
+    "ternary": SwiGLU(hidden_dim=24, linear=TernaryLinearKind()),
+    "unit": ClampedSwiGLU(hidden_dim=24, bias=True, linear=UnitLinearKind()),
+    "moe_ternary": MoE(expert=GELU(hidden_dim=16, linear=TernaryLinearKind()), experts=4, shared_experts=1),
+    "moe_unit": MoE(expert=SwiGLU(hidden_dim=16, linear=UnitLinearKind()), experts=4, shared_experts=1),
+    "fine_grained": MoE(
+        expert=SwiGLU(hidden_dim=32), split=4, experts=8, top_k=3, shared_experts=1, router=TopKSoftmax()
+    ),
+    "grouped": MoESwiGLU(
+        hidden_dim=16, experts=8, top_k=2, router=SigmoidTopK(num_groups=4, topk_groups=2), router_bias=True
+    ),
 }
 
 
@@ -128,33 +132,33 @@ FFNS = {
 @pytest.mark.parametrize("attention", ["gqa", "linear"])
 def test_every_ffn_learns_and_generates(ffn, attention, kind):
     block = BLOCKS[kind](attention=ATTENTIONS[attention], ffn=FFNS[ffn])
-    check_training_and_cache(Transformer(vocab=23, dim=16, context=16, position=RoPE(), blocks=2 * (block,)))
+    check_training_and_cache(Transformer(vocab_size=23, dim=16, max_seq_len=16, position=RoPE(), layers=2 * (block,)))
 
 
-MATRICES = {"ternary": TernaryMatrix(), "unit": UnitMatrix(), "unit_unscaled": UnitMatrix(scaled=False)}
+MATRICES = {"ternary": TernaryLinearKind(), "unit": UnitLinearKind(), "unit_unscaled": UnitLinearKind(scaled=False)}
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
 @pytest.mark.parametrize("matrix", MATRICES)
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_every_attention_takes_every_matrix(attention, matrix, kind):
-    made = dataclasses.replace(ATTENTIONS[attention], matrix=MATRICES[matrix])
-    block = BLOCKS[kind](attention=made, ffn=SwiGLU(width=24))
-    spec = Transformer(vocab=23, dim=16, context=16, blocks=2 * (block,))
+    made = dataclasses.replace(ATTENTIONS[attention], linear=MATRICES[matrix])
+    block = BLOCKS[kind](attention=made, ffn=SwiGLU(hidden_dim=24))
+    spec = Transformer(vocab_size=23, dim=16, max_seq_len=16, layers=2 * (block,))
     names = [[name for name, _ in of.build().named_parameters() if ".scale" not in name] for of in (spec, plain(spec))]
     assert names[0] == names[1]
     check_training_and_cache(spec)
 
 
 def plain(spec: Transformer) -> Transformer:
-    return override(spec, {"blocks.attention.matrix": "plain"})
+    return override(spec, {"layers.attention.linear": "plain"})
 
 
 def test_blocks_of_both_kinds_go_together():
     parts = {"attention": ATTENTIONS["gqa"], "ffn": FFNS["geglu"]}
     for kinds in itertools.product(BLOCKS.values(), repeat=2):
         blocks = tuple(kind(**parts, dropout=0.1) for kind in kinds)
-        check_training_and_cache(Transformer(vocab=23, dim=16, context=16, position=RoPE(), blocks=blocks))
+        check_training_and_cache(Transformer(vocab_size=23, dim=16, max_seq_len=16, position=RoPE(), layers=blocks))
 
 
 def check_training_and_cache(spec: Transformer) -> None:
@@ -186,4 +190,4 @@ def check_cache(model, tokens, documents):
 def test_what_cannot_be_says_why(attention, position):
     with pytest.raises(SpecError, match="use ") as caught:
         make(attention, position)
-    assert caught.value.path == "blocks[0].attention"
+    assert caught.value.path == "layers[0].attention"

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 Verdict = Literal["ok", "warn", "fail"]
 
 
-class Row(NamedTuple):
+class CheckResult(NamedTuple):
     """A line of the doctor's table."""
 
     check: str
@@ -22,7 +22,7 @@ def judge(is_good: bool, is_bearable: bool) -> Verdict:
     return "ok" if is_good else "warn" if is_bearable else "fail"
 
 
-def render(rows: Sequence[Row]) -> str:
+def render(rows: Sequence[CheckResult]) -> str:
     """The table for people; what is to be done stands below the line that it is for."""
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = []

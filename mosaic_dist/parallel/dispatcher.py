@@ -1,6 +1,6 @@
 """Expert parallelism: the experts of a layer spread over the ranks of DeepSpeed's expert groups.
 
-`ExpertExchange` replaces the identity exchange of a mixture-of-experts layer: each row travels, with its routing
+`AllToAllDispatcher` replaces the identity exchange of a mixture-of-experts layer: each row travels, with its routing
 weight, to the rank that holds its expert, and the weighted result back; a first, small exchange tells everybody how
 many rows to expect. Per choice of a token that is dim + 1 numbers there and dim back, and the same in the backward
 pass.
@@ -16,7 +16,7 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from mosaic_dist.errors import UserError
-from mosaic_dist.model import Experts, GroupedLinear, LocalExchange, MixtureOfExperts, Rows, gather, spread
+from mosaic_dist.model import Experts, GroupedLinear, LocalDispatcher, MixtureOfExperts, Rows, permute, unpermute
 from mosaic_dist.parallel.world import check_groups, divisors
 
 
@@ -86,13 +86,13 @@ class DataParallelCounts:
     """The ranks that have parts of the same sequences, where there are several; see `sequence.py`."""
 
     def total_counts(self, counts_E: Tensor) -> Tensor:
-        """See `LocalExchange.total_counts`. Every rank must call."""
+        """Choices per expert, summed over all data-parallel ranks. Every rank must call."""
         total_E = counts_E.clone()
         dist.all_reduce(total_E)
         return total_E
 
     def micro_batch_counts(self, counts: Tensor) -> Tensor:
-        """See `LocalExchange.micro_batch_counts`. Every rank must call."""
+        """Choices per expert of a micro-batch, summed over the ranks that share its sequences. Every rank must call."""
         if self.sequence_group is None:
             return counts
         total = counts.clone()
@@ -100,12 +100,13 @@ class DataParallelCounts:
         return total
 
 
-class ReplicatedExperts(DataParallelCounts, LocalExchange):
+class ReplicatedExperts(DataParallelCounts, LocalDispatcher):
     """The exchange of a layer whose experts are all on every rank."""
 
 
-class ExpertExchange(DataParallelCounts, AutoEPMoELayer):
-    """See the module's text; the interface is `LocalExchange`'s.
+class AllToAllDispatcher(DataParallelCounts, AutoEPMoELayer):
+    """Sends each row to the rank that holds its expert, and the weighted result back; the interface is
+    `LocalDispatcher`'s.
 
     It derives from DeepSpeed's AutoEP layer, of which it uses nothing, because the engine looks for that class to see
     that a model has experts and to allow them under ZeRO-3 (`deepspeed.moe.layer.MoE` is refused there).
@@ -127,8 +128,8 @@ class ExpertExchange(DataParallelCounts, AutoEPMoELayer):
         self.group = groups._get_expert_parallel_group(self.ep_group_name)
         assert dist.get_rank(self.group) == self.ep_rank, "experts were placed for another rank of the expert group"
 
-    def forward(self, x_SD: Tensor, rows: Rows, experts: Experts, meanwhile: Callable[[], None]) -> Tensor:
-        """See `LocalExchange.forward`. Every rank of the expert group must call, also with no rows."""
+    def forward(self, x_SD: Tensor, rows: Rows, experts: Experts, overlap_fn: Callable[[], None]) -> Tensor:
+        """Outputs of the experts for x_SD [S, D]. Every rank of the expert group must call, also with no rows."""
         counts_We = rows.counts_E.view(self.ep_size, -1)
         arriving_We = torch.empty_like(counts_We)
         dist.all_to_all_single(arriving_We, counts_We.contiguous(), group=self.group)
@@ -137,11 +138,11 @@ class ExpertExchange(DataParallelCounts, AutoEPMoELayer):
         there, back = Transfer(send, receive, self.group), Transfer(receive, send, self.group)
 
         weights_R1 = rows.weights_R[:, None].to(x_SD.dtype)
-        coming = there.start(torch.cat([spread(x_SD, rows), weights_R1], 1))
-        meanwhile()
+        coming = there.start(torch.cat([permute(x_SD, rows), weights_R1], 1))
+        overlap_fn()
         held = there.arrive(coming)
         results_RD = experts(held[:, :-1], self._by_expert(held[:, -1], arriving_We))
-        return gather(back.arrive(back.start(results_RD)), rows)
+        return unpermute(back.arrive(back.start(results_RD)), rows)
 
     def _by_expert(self, weights_R: Tensor, arriving_We: Tensor) -> Rows:
         """The order of the experts for rows that came sorted by (source, expert)."""
@@ -187,15 +188,15 @@ def place_experts(model: nn.Module, degree: int, rank: int) -> None:
     """
     for layer in model.modules():
         if isinstance(layer, MixtureOfExperts) and degree == 1:
-            layer.exchange = ReplicatedExperts()
+            layer.dispatcher = ReplicatedExperts()
         elif isinstance(layer, MixtureOfExperts):
-            layer.exchange = ExpertExchange(layer.spec.experts, degree, rank)
-            held = layer.exchange.num_local_experts
+            layer.dispatcher = AllToAllDispatcher(layer.spec.experts, degree, rank)
+            held = layer.dispatcher.num_local_experts
             for module in layer.experts.modules():
                 if isinstance(module, GroupedLinear):
-                    module.keep_experts(held * layer.exchange.ep_rank, held)
+                    module.keep_experts(held * layer.dispatcher.ep_rank, held)
                     for parameter in module.parameters(recurse=False):
                         parameter.allreduce = False  # type: ignore[attr-defined]
-                        parameter.group_name = layer.exchange.ep_group_name  # type: ignore[attr-defined]
+                        parameter.group_name = layer.dispatcher.ep_group_name  # type: ignore[attr-defined]
                         parameter.ds_zero_placement_family = "autoep_expert"  # type: ignore[attr-defined]
-                        parameter.ds_zero_partition_group_name = layer.exchange.ep_group_name  # type: ignore[attr-defined]
+                        parameter.ds_zero_partition_group_name = layer.dispatcher.ep_group_name  # type: ignore[attr-defined]

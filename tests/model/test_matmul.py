@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from mosaic_dist.model import Rows, products
+from mosaic_dist.model import Rows, matmul
 from mosaic_dist.model.ffn.kernel import Layer, run_in_turn
 from mosaic_dist.plan.recorder import FLOPS
 
@@ -16,9 +16,9 @@ SHAPES = {"rows": (5, 24), "batch": (3, 4, 24), "one row": (1, 24), "no rows": (
 @pytest.fixture(autouse=True)
 def onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     """oneDNN whatever the CPU and the size."""
-    monkeypatch.setattr(products, "LEAST_MULTIPLICATIONS", 1)
-    monkeypatch.setattr(products, "LEAST_OF_EXPERTS", 1)
-    monkeypatch.setattr(products, "_onednn_is_faster", lambda: torch.backends.mkldnn.is_available())
+    monkeypatch.setattr(matmul, "LEAST_MULTIPLICATIONS", 1)
+    monkeypatch.setattr(matmul, "LEAST_OF_EXPERTS", 1)
+    monkeypatch.setattr(matmul, "_onednn_is_faster", lambda: torch.backends.mkldnn.is_available())
 
 
 def _drawn(*shape: int) -> Tensor:
@@ -34,7 +34,7 @@ def test_values_and_gradients_are_float64s(shape: tuple[int, ...], turned: bool,
     factors = [x, weight, _drawn(40)][: 2 + has_bias]
     grad = _drawn(40, *shape[:-1]).movedim(0, -1) if turned else _drawn(*shape[:-1], 40)
     results = []
-    for dtype, linear in ((torch.float32, products.linear), (torch.float64, functional.linear)):
+    for dtype, linear in ((torch.float32, matmul.linear), (torch.float64, functional.linear)):
         given = [factor.to(dtype).detach().requires_grad_() for factor in factors]
         out = linear(*given)
         # the layer is used twice, as one that recurs is
@@ -49,13 +49,13 @@ def test_only_wanted_gradients(needs: tuple[bool, bool]) -> None:
     x, weight = (
         factor.requires_grad_(need) for factor, need in zip((_drawn(5, 24), _drawn(40, 24)), needs, strict=True)
     )
-    out = products.linear(x, weight)
+    out = matmul.linear(x, weight)
     assert out.requires_grad == any(needs)
     if any(needs):
         out.sum().backward()
     assert ((x.grad is not None), (weight.grad is not None)) == needs
     with torch.no_grad():
-        assert not products.linear(x, weight).requires_grad
+        assert not matmul.linear(x, weight).requires_grad
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
@@ -96,34 +96,34 @@ def test_experts_are_float64s(has_bias: bool) -> None:
 
 def test_experts_have_few_numbers_of_rows() -> None:
     x, weight = _drawn(5, 24), _drawn(24, 40)
-    rounded = [products.rounded_rows(x, weight, rows) for rows in range(1, 10_001)]
+    rounded = [matmul.rounded_rows(x, weight, rows) for rows in range(1, 10_001)]
     assert all(rows <= more < rows + max(32, rows / 16 + 1) for rows, more in enumerate(rounded, 1))
     assert len(set(rounded)) <= 90
-    assert products.rounded_rows(x.double(), weight.double(), 5) == 5
+    assert matmul.rounded_rows(x.double(), weight.double(), 5) == 5
 
 
 def test_same_bits_again() -> None:
     x, weight = _drawn(37, 24), _drawn(40, 24)
-    assert all(torch.equal(products.linear(x, weight), products.linear(x, weight)) for _ in range(5))
+    assert all(torch.equal(matmul.linear(x, weight), matmul.linear(x, weight)) for _ in range(5))
 
 
 def test_operations_are_counted() -> None:
     assert torch.ops.mkldnn._linear_pointwise in FLOPS  # the planner tells torch's counter
     x, weight = _drawn(3, 4, 24), _drawn(40, 24).requires_grad_()
     with FlopCounterMode(display=False) as counter:
-        products.linear(x.requires_grad_(), weight).sum().backward()
+        matmul.linear(x.requires_grad_(), weight).sum().backward()
     assert counter.get_total_flops() == 3 * 2 * 12 * 24 * 40
     with FlopCounterMode(display=False) as counter:
-        products.multiply(_drawn(5, 24), _drawn(24, 40), added_RO=_drawn(5, 40))
+        matmul.multiply(_drawn(5, 24), _drawn(24, 40), added_RO=_drawn(5, 40))
     assert counter.get_total_flops() == 2 * 5 * 24 * 40
 
 
 def test_what_stays_with_torch() -> None:
     x, weight = _drawn(5, 24), _drawn(40, 24)
     with torch.autocast("cpu", torch.bfloat16):
-        assert products.linear(x, weight).dtype == torch.bfloat16
-    assert products.linear(x.to("meta"), weight.to("meta")).shape == (5, 40)
-    assert products.linear(x.double(), weight.double()).dtype == torch.float64
-    assert products.linear(x[0], weight).shape == (40,)
-    compiled = torch.compile(products.linear, backend="eager", fullgraph=True)
+        assert matmul.linear(x, weight).dtype == torch.bfloat16
+    assert matmul.linear(x.to("meta"), weight.to("meta")).shape == (5, 40)
+    assert matmul.linear(x.double(), weight.double()).dtype == torch.float64
+    assert matmul.linear(x[0], weight).shape == (40,)
+    compiled = torch.compile(matmul.linear, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x, weight), x @ weight.T)

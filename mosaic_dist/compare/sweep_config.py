@@ -4,7 +4,7 @@ recipe: recipes/t4_moe.py                # or a run written as YAML
 flags: {data: work/data, steps: 300}     # of all runs, as on a recipe's command line
 variants:                                # what tells them apart
   mha: {}
-  gqa: {model.blocks.attention: {type: gqa, heads: 8, kv_heads: 2}}
+  gqa: {model.layers.attention: {type: gqa, heads: 8, kv_heads: 2}}
 grid:                                    # each value with each variant
   optimizer.learning_rate: [1e-3, 3e-3]
 seeds: [0, 1]
@@ -20,10 +20,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mosaic_dist.compare.story import read_spec
+from mosaic_dist.compare.history import read_spec
 from mosaic_dist.data.settings import read_data_word
 from mosaic_dist.errors import UserError
-from mosaic_dist.plan.command import load_run
+from mosaic_dist.plan.command import load_recipe
 from mosaic_dist.run_spec import Run, differences, listing
 from mosaic_dist.spec import NonNegative, Spec, SpecError, override
 from mosaic_dist.train.folder import RunFolder
@@ -38,7 +38,7 @@ OWN_FIELDS = ("name", "seed", "output", "dry_run", "config", "local_rank")
 """What the sweep itself says of each run."""
 
 
-class Sweep(Spec):
+class SweepConfig(Spec):
     """Runs of one recipe. Each of `variants` changes fields of it, with every combination of `grid` and each seed."""
 
     recipe: str
@@ -47,7 +47,7 @@ class Sweep(Spec):
     grid: dict[str, tuple[Value, ...]] = dataclasses.field(default_factory=dict)
     seeds: tuple[NonNegative, ...] = (0,)
 
-    def check(self) -> None:
+    def validate(self) -> None:
         """Every list has something in it, nobody sets what the sweep does, and variants can be folders."""
         lists: dict[str, tuple[Any, ...]] = {f"grid.{field}": values for field, values in self.grid.items()}
         for path, values in {"seeds": self.seeds, **lists}.items():
@@ -64,7 +64,7 @@ class Sweep(Spec):
 
 
 @dataclasses.dataclass(frozen=True)
-class Planned:
+class PlannedRun:
     """A run of a sweep, and the words that train it."""
 
     run: Run
@@ -88,7 +88,7 @@ class Planned:
         return [*self.script, f"--output={self.folder}", *self.words()]
 
 
-def plan_runs(sweep: Sweep, more: Mapping[str, Any], output: Path) -> list[Planned]:
+def plan_runs(sweep: SweepConfig, more: Mapping[str, Any], output: Path) -> list[PlannedRun]:
     """All runs of a sweep, in `output`/NAME_seedN; `more` changes its flags. Every one of them has been made.
 
     UserError that names the run where a field is wrong, and where a folder holds another run already.
@@ -96,7 +96,7 @@ def plan_runs(sweep: Sweep, more: Mapping[str, Any], output: Path) -> list[Plann
     if taken := [field for field in more if field in OWN_FIELDS]:
         raise UserError(f"--{taken[0]} is what the sweep sets for each run; leave it out")
     is_yaml = sweep.recipe.endswith((".yaml", ".yml"))
-    recipe = read_spec(Run, Path(sweep.recipe)) if is_yaml else load_run(sweep.recipe)
+    recipe = read_spec(Run, Path(sweep.recipe)) if is_yaml else load_recipe(sweep.recipe)
     if is_yaml and not Path(YAML_SCRIPT).exists():
         raise UserError(f"{sweep.recipe} is trained by {YAML_SCRIPT}, which is not here; start this in the repository")
     script = (YAML_SCRIPT, f"--config={sweep.recipe}") if is_yaml else (sweep.recipe,)
@@ -106,7 +106,7 @@ def plan_runs(sweep: Sweep, more: Mapping[str, Any], output: Path) -> list[Plann
             full = f"{name}_seed{seed}"
             flags = {**sweep.flags, **more, **changes, "name": full, "seed": seed}
             with named_run(full):
-                planned.append(Planned(with_flags(recipe, flags), script, flags, output / full))
+                planned.append(PlannedRun(with_flags(recipe, flags), script, flags, output / full))
     twice = [name for name, times in Counter(one.name for one in planned).items() if times > 1]
     if twice:
         raise UserError(f"two runs of the sweep are called {twice[0]}: give their variants other names")
@@ -124,7 +124,7 @@ def named_run(name: str) -> Iterator[None]:
         raise UserError(f"run {name}: {error}") from None
 
 
-def _combinations(sweep: Sweep, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _combinations(sweep: SweepConfig, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each variant with each combination of the grid, by a name; the recipe's where there are no variants."""
     last = Counter(field.rpartition(".")[2] for field in sweep.grid)
     short = {field: end if last[end := field.rpartition(".")[2]] == 1 else field for field in sweep.grid}
@@ -145,7 +145,7 @@ def with_flags(run: Run, flags: Mapping[str, Any]) -> Run:
     return override(run, fields)
 
 
-def _check_folder(one: Planned) -> None:
+def _check_folder(one: PlannedRun) -> None:
     """UserError where the run's folder holds another experiment."""
     file = RunFolder(one.folder).run_yaml
     if file.exists():

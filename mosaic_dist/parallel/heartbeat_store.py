@@ -54,7 +54,7 @@ class StoreThread:
             answer()
 
 
-class Board:
+class HeartbeatStore:
     """One text of each rank, in the store in which the ranks met, over a connection of its own.
 
     Every rank makes one, once the processes have met. One thread at a time may use it. No call waits for longer than

@@ -16,8 +16,8 @@ from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mosaic_dist.parallel import Board, World
-from mosaic_dist.parallel.board import PATIENCE_SECONDS
+from mosaic_dist.parallel import HeartbeatStore, World
+from mosaic_dist.parallel.heartbeat_store import PATIENCE_SECONDS
 
 HUNG_EXIT_CODE = 1
 LONGEST_INTERVAL_SECONDS = 5.0
@@ -29,7 +29,7 @@ COLLECTIVES = (os.path.join("torch", "distributed"), os.path.join("deepspeed", "
 
 
 @dataclass(frozen=True)
-class Sign:
+class Heartbeat:
     """What a rank tells of itself, again and again."""
 
     beat: int
@@ -47,7 +47,7 @@ class Sign:
     """Where its main thread is, the innermost calls last."""
 
 
-class Watch:
+class Watchdog:
     """A thread that ends this process when it stays in one phase of a step for longer than `limit_seconds`.
 
     All ranks wait for a rank that hangs, so all of their watches ring at about the same time; the first tells people
@@ -62,7 +62,7 @@ class Watch:
         self.stacks = folder / "stacks" / f"rank_{world.rank:05d}.txt"
         self.stacks.parent.mkdir(parents=True, exist_ok=True)
         self._log = open(self.stacks, "a")  # noqa: SIM115 - a C thread writes to it when Python cannot
-        self._board = Board("watch", world.rank, world.size, min(PATIENCE_SECONDS, limit_seconds))
+        self._board = HeartbeatStore("watch", world.rank, world.size, min(PATIENCE_SECONDS, limit_seconds))
         self._beats, self._at = 0, (0, 0, "start", time.monotonic())
         wait([self._put(self._sign())], self._board.patience_seconds)
         self._arm(0.0)
@@ -98,7 +98,7 @@ class Watch:
         left = max(0.0, self.limit_seconds - seconds) + 2 * self.interval_seconds
         faulthandler.dump_traceback_later(left, file=self._log)
 
-    def _sign(self) -> Sign:
+    def _sign(self) -> Heartbeat:
         step, part, phase, since = self._at
         self._beats += 1
         main = threading.main_thread().ident
@@ -112,18 +112,18 @@ class Watch:
         innermost = list(stacks.get(main or 0, ()))[:SHOWN_FRAMES]
         stack = "\n".join(f"    {call.filename}:{call.lineno} in {call.name}" for call in reversed(innermost))
         seconds = time.monotonic() - since
-        return Sign(self._beats, socket.gethostname(), step, part, phase, seconds, waits, stack)
+        return Heartbeat(self._beats, socket.gethostname(), step, part, phase, seconds, waits, stack)
 
-    def _put(self, sign: Sign) -> "Future[None]":
+    def _put(self, sign: Heartbeat) -> "Future[None]":
         return self._board.put(json.dumps(asdict(sign)))
 
-    def _read(self) -> list[Sign | None] | None:
+    def _read(self) -> list[Heartbeat | None] | None:
         """The signs of all ranks; None where the store does not answer."""
         try:
             texts = self._board.read()
         except Exception:
             return None
-        return [None if text is None else Sign(**json.loads(text)) for text in texts]
+        return [None if text is None else Heartbeat(**json.loads(text)) for text in texts]
 
     def _end(self) -> None:
         """Leave the stacks, hear once more of the others, tell, and end the process."""
@@ -147,12 +147,12 @@ class Watch:
         os._exit(HUNG_EXIT_CODE)  # the main thread would never come to an end
 
 
-def describe(sign: Sign) -> str:
+def describe(sign: Heartbeat) -> str:
     """Where a rank is, and for how long."""
     return f"step {sign.step}: for {sign.seconds:.0f} s in {sign.phase!r}"
 
 
-def accused(before: Sequence[Sign | None], after: Sequence[Sign | None]) -> tuple[list[int], bool]:
+def accused(before: Sequence[Heartbeat | None], after: Sequence[Heartbeat | None]) -> tuple[list[int], bool]:
     """The ranks that the others wait for, and whether it is because nothing was heard of them between two looks.
 
     Else they are those that are in no collective, and of these the ones that are least far. Where that tells nothing
@@ -167,7 +167,9 @@ def accused(before: Sequence[Sign | None], after: Sequence[Sign | None]) -> tupl
     return [i for i, sign in busy.items() if (sign.step, sign.part) == least], False
 
 
-def verdict(before: Sequence[Sign | None], after: Sequence[Sign | None], limit_seconds: float, stacks: Path) -> str:
+def verdict(
+    before: Sequence[Heartbeat | None], after: Sequence[Heartbeat | None], limit_seconds: float, stacks: Path
+) -> str:
     """What people are told of a run that hangs."""
     ranks, are_silent = accused(before, after)
     lines = [f"the run hangs: {len(ranks)} of {len(after)} ranks hold the others up"]

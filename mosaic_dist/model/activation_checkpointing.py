@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from mosaic_dist.spec import Positive, Spec
 
 
-class Recompute(Spec):
+class ActivationCheckpointing(Spec):
     """Which parts of which blocks run again in the backward pass.
 
     "full": whole blocks; "attention", "ffn": these parts of them; "moe": the feed-forward networks that have experts.
@@ -31,9 +31,9 @@ class Recompute(Spec):
         return "none" if i % self.every else self.parts
 
 
-def apply_recompute(model: nn.Module, spec: Recompute) -> None:
+def apply_activation_checkpointing(model: nn.Module, spec: ActivationCheckpointing) -> None:
     """Make the parts of a `TransformerModel` that `spec` names recompute while it trains. Values do not change."""
-    for i, block in enumerate(model.blocks):  # type: ignore[arg-type]
+    for i, block in enumerate(model.layers):  # type: ignore[arg-type]
         parts, has_experts = spec.parts_of(i), hasattr(block.ffn, "router")
         if parts == "none" or (parts == "moe" and not has_experts):
             continue
