@@ -85,7 +85,7 @@ class Job:
         """All that live, launchers first."""
         found, parents = {}, {}
         for path in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):  # it has ended overlap_fn
+            with contextlib.suppress(OSError):  # it has ended meanwhile
                 variables = (path / "environ").read_bytes().split(b"\0")
                 if self.mark.encode() in variables:
                     rank = next((int(word[5:]) for word in variables if word.startswith(b"RANK=")), None)
@@ -180,7 +180,7 @@ def kill(processes: list[Process]) -> int:
 
 
 def last_step(metrics: Path) -> int:
-    """Step of the last whole line of a metrics file that may be written overlap_fn; 0 if there is none."""
+    """Step of the last whole line of a metrics file that may be being written; 0 if there is none."""
     found = re.findall(rb'^\{"step": (\d+).*\}\n', metrics.read_bytes(), re.MULTILINE) if metrics.exists() else []
     return int(found[-1]) if found else 0
 

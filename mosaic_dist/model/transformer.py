@@ -128,14 +128,14 @@ class TransformerModel(nn.Module):
         if longest > self.spec.max_seq_len:
             raise ValueError(f"{longest} tokens are more than the model's context ({self.spec.max_seq_len})")
         x_BTD = self.position(self.embedding(tokens_BT), metadata.positions_BT)
-        told: list[AuxOutputs] = []
+        aux_outputs: list[AuxOutputs] = []
         for i, block in enumerate(self.layers):
             x_BTD, extras = block(x_BTD, metadata, cache.layers[i] if cache else None)
-            told.append(extras)
+            aux_outputs.append(extras)
         x_BTD = self.norm(x_BTD)
         if targets_BT is None:
             return self.head(x_BTD)
-        return loss_output(self.spec.loss.score(self.head, x_BTD, targets_BT, self.spec.vocab_size), told)
+        return loss_output(self.spec.loss.score(self.head, x_BTD, targets_BT, self.spec.vocab_size), aux_outputs)
 
     def new_cache(self, batch: int, capacity: int | None = None) -> "Cache":
         """An empty cache for generation: `batch` sequences of up to `capacity` (None: the context) tokens."""
@@ -177,10 +177,10 @@ def positions_in_documents(documents_BS: Tensor) -> Tensor:
     return index_S - (index_S * begins_BS).cummax(1).values
 
 
-def loss_output(scores: Scores, told: list[AuxOutputs]) -> LossOutput:
-    """What the predictions cost, and what the layers told."""
-    auxiliary = [extras[key].float() for extras in told for key in extras if key.endswith("_loss")]
-    mixtures = [extras for extras in told if "expert_load" in extras]
+def loss_output(scores: Scores, aux_outputs: list[AuxOutputs]) -> LossOutput:
+    """What the predictions cost, and the auxiliary outputs of the layers, joined."""
+    auxiliary = [extras[key].float() for extras in aux_outputs for key in extras if key.endswith("_loss")]
+    mixtures = [extras for extras in aux_outputs if "expert_load" in extras]
     loads = [extras["expert_load"] for extras in mixtures]
     measures = [torch.stack([extras[name].float() for name in ROUTER_MEASURES]) for extras in mixtures]
     zero = scores.z_loss.new_zeros(())

@@ -187,7 +187,7 @@ class Engine:
     def _accumulate(self, sequences: int) -> None:
         """Let the next update come behind so many sequences of this rank."""
         assert sequences % self.micro_batch_size == 0, (
-            f"{sequences} sequences are no micro-batches of {self.micro_batch_size}"
+            f"{sequences} sequences do not divide into micro-batches of {self.micro_batch_size}"
         )
         if sequences == self.accumulation * self.micro_batch_size:
             return

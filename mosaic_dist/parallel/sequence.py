@@ -31,7 +31,7 @@ from mosaic_dist.parallel.world import World, check_groups, divisors
 
 
 @dataclass
-class PartSight(AttentionMetadata):
+class PartMetadata(AttentionMetadata):
     """What a part of the tokens of sequences sees, and beside it what all of them see, the same for all layers."""
 
     whole: AttentionMetadata | None = None
@@ -56,7 +56,7 @@ class Sequences:
         if self.degree == 1:
             return whole
         mine_T = whole.index_T.chunk(self.degree)[self.place]
-        return PartSight(mine_T, whole.positions_BS, whole.documents_BS, whole)
+        return PartMetadata(mine_T, whole.positions_BS, whole.documents_BS, whole)
 
     def total(self, value: Tensor) -> Tensor:
         """The sum over the ranks that share sequences, in place. All of them must call."""
@@ -86,7 +86,7 @@ class HeadExchange:
         """Exchange parts of the sequence for heads, attend, and exchange back. Every rank of the group must call, with
         as many tokens.
         """
-        assert isinstance(metadata, PartSight), "generation has its sequences on one rank"
+        assert isinstance(metadata, PartMetadata), "generation has its sequences on one rank"
         assert metadata.whole is not None
         whole = metadata.whole
         mine = q_BTNH.shape[2] // self.degree

@@ -151,7 +151,7 @@ def _model_of_kinds(setting: Setting, kinds: list[tuple[Any, bool]], sequences: 
 
 
 class EvenRouting(nn.Module):
-    """An dispatcher that is told that every expert got as many rows; the counts are numbers, also on the meta
+    """A dispatcher that gives every expert the same number of rows; counts have values, also on the meta
     device.
     """
 

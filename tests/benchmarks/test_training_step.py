@@ -83,6 +83,12 @@ def test_the_page_has_a_row_for_everyone(results):
         assert page.count(f"| `{name}` | ") == len(peers) + 3  # all contenders, the shape, the phases
 
 
+def test_the_committed_results_can_be_compared_with():
+    """`make bench` reads them."""
+    committed = json.loads((ROOT / "benchmarks/results/training_step_cpu.json").read_text())
+    assert render(committed["results"], committed["facts"]).count("\n| `") >= len(committed["results"])
+
+
 @pytest.mark.slow
 def test_contenders_in_processes_of_their_own(results, tmp_path):
     """The command as people run it: the same losses as in one process."""

@@ -1,4 +1,4 @@
-"""One mixture over three ranks: bad balance, ranks without tokens, what travels, and what is done overlap_fn."""
+"""One mixture over three ranks: bad balance, ranks without tokens, what travels, and what is done while rows travel."""
 
 import json
 import math

@@ -12,7 +12,7 @@ from tests.parallel.tiny import STEPS, reference
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory):
-    path = tmp_path_factory.mktemp("on_nonfinite_loss") / "told.json"
+    path = tmp_path_factory.mktemp("nonfinite") / "told.json"
     check(run_ranks("tests.parallel.nonfinite_ranks", 2, str(path)))
     return json.loads(path.read_text())
 

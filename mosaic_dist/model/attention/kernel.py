@@ -81,7 +81,7 @@ def takes_groups(q_BNTH: Tensor, k_BGSH: Tensor, v_BGSU: Tensor, mask: Tensor | 
 def flash_shares_heads(device: torch.device, dtype: torch.dtype, width: int, dropout: float, needs_grad: bool) -> bool:
     """Whether the flash kernel takes causal attention with fewer key-value heads than query heads.
 
-    A question of plain values, so that compiled code can have the answer as a constant (see `compile`): torch
+    A question of plain values, so that compiled code can have the answer as a constant (see `compile_layers`): torch
     2.11 cannot compile the question itself.
     """
     q, kv = (torch.empty(1, heads, 2, width, device=device, dtype=dtype, requires_grad=needs_grad) for heads in (2, 1))

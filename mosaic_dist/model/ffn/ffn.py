@@ -22,7 +22,7 @@ class FFN(Spec):
     """Family of feed-forward networks."""
 
     def build(self, dim: int) -> nn.Module:
-        """Module mapping [B, T, dim] to ([B, T, dim], Extras)."""
+        """Module mapping [B, T, dim] to ([B, T, dim], AuxOutputs)."""
         raise TypeError(f"{type(self).__name__} cannot be built: choose a kind of feed-forward network")
 
 

@@ -1,4 +1,4 @@
-"""Mixture of experts: router, exchange and experts. One kind of router per file."""
+"""Mixture of experts: router, dispatcher and experts. One kind of router per file."""
 
 from mosaic_dist.model.moe.dispatch import LocalDispatcher
 from mosaic_dist.model.moe.moe import MixtureOfExperts, MoE, MoEBase, MoESwiGLU

@@ -115,7 +115,7 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, AuxOutputs]:
         """x_BTD -> ([B, T, D], extras).
 
-        Extras: balance_loss and z_loss, weighted scalars, where their weights are not zero; expert_load [E] int64
+        AuxOutputs: balance_loss and z_loss, weighted scalars, where their weights are not zero; expert_load [E] int64
         choices per expert, dropped ones included; balance, z, entropy, drop_rate: detached scalars, unweighted.
         """
         x_SD = x_BTD.flatten(0, -2)
